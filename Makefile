@@ -1,0 +1,74 @@
+# Every target sets up what it needs: a fresh clone and Python 3.11 or newer are enough.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := build/demo
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The environment is made once, and again when what it should hold has changed.
+$(READY): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11: install a newer one, or name it: make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,test]'
+	@touch $@
+
+.PHONY: demo
+demo: $(READY) ## Generate a stream with a known truth, learn from it and report
+	$(BIN)/coldstream generate --out $(DEMO) --overwrite
+	$(BIN)/coldstream backtest --config $(DEMO)/config.yaml --report $(DEMO)/report.html
+
+.PHONY: test
+test: lint types unit ## Everything CI checks: lint, types, import rules, tests
+
+.PHONY: lint
+lint: $(READY) ## Style (ruff) and the direction of imports (import-linter)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+.PHONY: types
+types: $(READY) ## Types (mypy strict)
+	$(BIN)/mypy
+
+.PHONY: unit
+unit: $(READY) browser ## Tests (pytest); narrow them with PYTEST='tests/unit/test_x.py -k name'
+	$(BIN)/pytest $(PYTEST)
+
+.PHONY: soak
+soak: $(READY) ## Longer campaigns: the property tests with many more examples, not repeatable
+	$(BIN)/pytest tests/property --hypothesis-profile soak $(PYTEST)
+
+.PHONY: bench
+bench: $(VENV)/.bench ## Benchmarks, with the peers they compare against
+	$(BIN)/python -m benchmarks
+
+$(VENV)/.bench: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
+
+# The report is tested in a real browser. Debian's package is installed only where this may be done without asking.
+.PHONY: browser
+browser:
+	@if command -v chromium chromium-browser google-chrome >/dev/null; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing chromium for the report's tests" >&2; \
+	  apt-get update -qq >/dev/null && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; \
+	else \
+	  echo "the report's tests need a browser: install chromium (Debian: sudo apt-get install chromium)" >&2; exit 1; \
+	fi
+
+.PHONY: clean
+clean: ## Remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,218 @@
+"""Typed settings, validated once at start into frozen objects.
+
+Precedence: YAML profile < environment (``COLDSTREAM__SECTION__KEY``) < command-line flags.
+"""
+
+from __future__ import annotations
+
+import codecs
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+Share = float
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, an unknown key is an error, and so is NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+
+
+class IdRule(Section):
+    """Where an id is read from, and a prefix that keeps ids of several sources apart."""
+
+    field: str
+    prefix: str = ""
+
+
+class LabelRule(Section):
+    """How the 0/1 label follows from a field: exactly one rule, or none for a field that is 0/1 already."""
+
+    field: str
+    at_least: float | None = None
+    at_most: float | None = None
+    equals: str | None = None
+
+    @field_validator("equals", mode="before")
+    @classmethod
+    def _yaml_truth(cls, value: object) -> object:
+        return str(value).lower() if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> LabelRule:
+        given = [name for name in ("at_least", "at_most", "equals") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"takes one rule, but {' and '.join(given)} are given; set the others to null")
+        return self
+
+
+class ValueRule(Section):
+    """The graded value beside the label. ``optional`` accepts files without that field."""
+
+    field: str
+    optional: bool = False
+
+
+class TimeRule(Section):
+    """The event time. ``iso`` reads ISO 8601 text; without a zone it is UTC.
+
+    A Parquet timestamp or date column carries its own unit, whatever ``unit`` says.
+    """
+
+    field: str
+    unit: Literal["s", "ms", "us", "ns", "iso"] = "s"
+
+
+class FeatureRule(Section):
+    """One feature column; ``field`` is the feature's name unless it is given."""
+
+    kind: Literal["categorical", "multi", "numeric"] = "categorical"
+    field: str | None = None
+    separator: str = "|"
+
+
+class EventSchema(Section):
+    """Maps a source's own fields onto an interaction."""
+
+    user_id: IdRule = IdRule(field="user_id")
+    item_id: IdRule = IdRule(field="item_id")
+    label: LabelRule = LabelRule(field="label")
+    value: ValueRule | None = None
+    event_time: TimeRule = TimeRule(field="event_time_ms", unit="ms")
+    user_features: dict[str, FeatureRule] = Field(default_factory=dict)
+    item_features: dict[str, FeatureRule] = Field(default_factory=dict)
+
+
+SourceFormat = Literal["auto", "movielens", "delimited", "jsonl", "parquet"]
+
+
+class FileFormat(Section):
+    """How a file is laid out. ``auto`` looks at names and suffixes."""
+
+    format: SourceFormat = "auto"
+    delimiter: str = ","
+    header: bool | None = None
+    """Whether the first line of a delimited file holds column names; None: yes, unless ``columns`` names them."""
+    columns: tuple[str, ...] | None = None
+    """Column names of a delimited file; with ``header: true`` they replace those of the first line."""
+    encoding: str = "utf-8"
+
+    @field_validator("delimiter")
+    @classmethod
+    def _usable_delimiter(cls, delimiter: str) -> str:
+        delimiter = delimiter.replace("\\t", "\t")
+        if not delimiter or any(c in delimiter for c in '\r\n"'):
+            raise ValueError("a delimiter is one or more characters without quotes and line ends")
+        return delimiter
+
+    @field_validator("columns")
+    @classmethod
+    def _distinct_columns(cls, columns: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if columns is not None and len(set(columns)) != len(columns):
+            raise ValueError("a column is named twice")
+        return columns
+
+    @field_validator("encoding")
+    @classmethod
+    def _line_based_encoding(cls, encoding: str) -> str:
+        try:
+            if bytes(range(128)).decode(encoding) == bytes(range(128)).decode("ascii"):
+                return codecs.lookup(encoding).name
+        except LookupError:
+            raise ValueError("unknown encoding; utf-8, latin-1 and cp1252 are common ones") from None
+        except UnicodeError:
+            pass
+        raise ValueError("lines cannot be found in this encoding; convert the file to utf-8 first")
+
+
+class CatalogueSettings(FileFormat):
+    """A file of user or item features."""
+
+    path: Path | None = None
+    id: IdRule = IdRule(field="id")
+    features: dict[str, FeatureRule] = Field(default_factory=dict)
+
+
+class RejectSettings(Section):
+    """What happens to lines that cannot be used."""
+
+    path: Path | None = None
+    max_share: float = Field(default=0.01, ge=0, le=1)
+
+
+class DataSettings(FileFormat):
+    """The interactions and the catalogues beside them."""
+
+    paths: tuple[Path, ...] = ()
+    events: EventSchema = EventSchema()
+    users: CatalogueSettings = CatalogueSettings()
+    items: CatalogueSettings = CatalogueSettings()
+    rejects: RejectSettings = RejectSettings()
+
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _one_path(cls, value: object) -> object:
+        return (value,) if isinstance(value, (str, Path)) else value
+
+
+class LearnerSettings(Section):
+    """The model: the fixed part shared by all, and the adaptive part per user."""
+
+    head: Literal["full", "diagonal", "gradient"] = "full"
+    dim: int = Field(default=16, ge=2, le=64)
+    """d, the width of a user's adaptive part."""
+    item_dim: PositiveInt = 64
+    second_filter: bool = True
+    second_dim: int = Field(default=8, ge=3, le=32)
+    ordinal_auxiliary: float = Field(default=0.0, ge=0)
+    """Weight of the ordinal loss over graded values, in training only; 0 switches it off."""
+    graded_targets: bool = False
+    """Whether an event's graded value, where there is one, moves the user's update (online too)."""
+    grades: tuple[float, ...] | None = None
+    """The grades in rising order; None takes the distinct values of the offline events."""
+
+
+class TrainingSettings(Section):
+    """The offline meta-learning stage."""
+
+    epochs: PositiveInt = 20
+    users_per_batch: PositiveInt = 32
+    learning_rate: PositiveFloat = 1e-2
+    kl_weight: float = Field(default=1.0, ge=0)
+    weight_decay: float = Field(default=1e-3, ge=0)
+    clip_norm: PositiveFloat = 5.0
+    max_events_per_user: PositiveInt | None = None
+    seed: int = 0
+    device: str = "cpu"
+    threads: PositiveInt | None = None
+    checkpoint_every: PositiveInt = 1
+    """Epochs between checkpoints."""
+
+
+class ProtocolSettings(Section):
+    """Which events are learned from offline and which are streamed (design: evaluation protocol)."""
+
+    offline_fraction: float = Field(default=0.7, gt=0, lt=1)
+    score_last: float | None = Field(default=None, gt=0, le=1)
+    bootstrap_samples: int = Field(default=1000, ge=0)
+
+
+class StateSettings(Section):
+    """Where and how users' rows are kept."""
+
+    directory: Path | None = None
+    commit_events: PositiveInt = 16384
+    ring: int = Field(default=32, ge=0, le=1024)
+    """How many of a user's latest events its row keeps."""
+
+
+class Settings(Section):
+    """Everything a run needs."""
+
+    data: DataSettings = DataSettings()
+    learner: LearnerSettings = LearnerSettings()
+    training: TrainingSettings = TrainingSettings()
+    protocol: ProtocolSettings = ProtocolSettings()
+    state: StateSettings = StateSettings()

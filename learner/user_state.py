@@ -1,0 +1,207 @@
+"""A user's row: the bytes that hold one user's adaptive part, its ledger and its latest events.
+
+    0   u32  layout_version   LAYOUT_VERSION
+    4   u32  checksum         belongs to the codec of ``state``; the learner neither reads nor writes it
+    8   u64  events           events applied so far
+    16  i64  last_offset      source offset of the latest applied event, −1 before the first
+    24  i64  first_time_ms    event time of the first applied event
+    32  i64  last_time_ms     event time of the latest applied event (in stream order, so it may step back)
+    40  u64  ledger           hash chain over the applied events, see ``extend_ledger``
+    48  u64  meta_version     version of the model that the adaptive part starts from
+    56  u32  guarded          events whose update was refused because it was not finite
+    60  u32  reserved         0
+    64  f32  mean[d]  covariance[P or d or 0]  second_mean[e]  second_covariance[e(e+1)/2]   (padded to 8 bytes)
+        u64  ring[R]          latest events; event number n (from 0) stands at n mod R
+
+All is little-endian. n rows are a *slab*: one C-contiguous uint8 array (n, row_bytes), so that a row is stored and
+sent as the bytes that the kernel works on, without any conversion.
+
+A ring entry is 8 bytes, which keeps a user with both filters (d = 16, e = 8, R = 32) at 1,104 bytes:
+
+    bits 24–63  the high 40 bits of the item's hash     bit 23  label
+    bits 17–22  grade (63: none)                        bits 0–16  hours since first_time_ms, capped (14.9 years)
+
+The item is named by a hash of its id, because a row number in the model's item table means nothing after a restart
+for an item that training has not seen. With 40 bits, among 100,000 items some pair collides with a chance of 0.5 %
+(among 1 M: 37 %); a collision misreads one event when a state is re-derived, and is never seen by the live path.
+Label, grade and order are exact, since re-deriving needs them; the time is coarse, since only explanations read it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from learner.serving import FirstFilter, HeadKind, SecondFilter
+
+LAYOUT_VERSION = 1
+"""Of the bytes above; whoever changes them raises it and writes the way up."""
+HEADER_BYTES = 64
+"""One cache line: the walk over a batch touches it first."""
+NO_GRADE = 63
+"""Grade of a ring entry whose event carried none; so a model has at most 63 grades."""
+MAX_HOURS = (1 << 17) - 1
+"""A ring entry's largest age in hours; what is later reads as this."""
+
+_HEADER: list[tuple[str, str]] = [
+    ("layout_version", "<u4"), ("checksum", "<u4"), ("events", "<u8"), ("last_offset", "<i8"),
+    ("first_time_ms", "<i8"), ("last_time_ms", "<i8"), ("ledger", "<u8"), ("meta_version", "<u8"),
+    ("guarded", "<u4"), ("reserved", "<u4"),
+]  # fmt: skip
+
+Slab = NDArray[np.uint8]
+Rows = NDArray[np.void]
+
+if sys.byteorder != "little":
+    raise ImportError("user rows are little-endian and are used in place; this machine is big-endian")
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Which parts a row has, and how wide they are. Equal layouts have equal bytes."""
+
+    kind: HeadKind
+    dim: int
+    """d, width of the first filter"""
+    second_dim: int
+    """e, width of the second filter; 0 when it is off"""
+    ring: int
+    """R, how many of the latest events a row keeps"""
+
+    @staticmethod
+    def of(first: FirstFilter, second: SecondFilter | None, ring: int) -> RowLayout:
+        """The layout for a model's filters. ValueError if its grades do not fit a ring entry."""
+        grades = len(first.target) - 1
+        if grades > NO_GRADE:
+            raise ValueError(
+                f"{grades} grades, but a ring entry holds at most {NO_GRADE}: name fewer in learner.grades, "
+                "or set learner.graded_targets to false"
+            )
+        return RowLayout(first.kind, first.dim, 0 if second is None else second.dim, ring)
+
+    @cached_property
+    def covariance_width(self) -> int:
+        """Floats of the first filter's covariance: d(d+1)/2, d or 0."""
+        return {"full": packed_width(self.dim), "diagonal": self.dim, "gradient": 0}[self.kind]
+
+    @cached_property
+    def dtype(self) -> np.dtype[np.void]:
+        """A row as a structure; the fields are those of the module's table."""
+        widths = {
+            "mean": self.dim,
+            "covariance": self.covariance_width,
+            "second_mean": self.second_dim,
+            "second_covariance": packed_width(self.second_dim),
+            "padding": (self.dim + self.covariance_width + self.second_dim + packed_width(self.second_dim)) % 2,
+        }
+        fields: list[Any] = [*_HEADER, *((name, "<f4", (w,)) for name, w in widths.items())]
+        return np.dtype([*fields, ("ring", "<u8", (self.ring,))])
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row, a multiple of 8."""
+        return self.dtype.itemsize
+
+    @property
+    def fingerprint(self) -> str:
+        """Text that names these bytes; a store records it and refuses another."""
+        return f"row-v{LAYOUT_VERSION} head={self.kind} d={self.dim} second={self.second_dim} ring={self.ring}"
+
+    def rows(self, slab: Slab) -> Rows:
+        """(n,) typed view of a slab (n, row_bytes): ``rows["mean"]`` is (n, d), and writing to it writes the slab."""
+        if slab.shape[1] != self.row_bytes:
+            raise ValueError(f"rows of {slab.shape[1]} bytes, but {self.fingerprint} has {self.row_bytes}")
+        return slab.view(self.dtype).reshape(len(slab))
+
+
+def packed_width(dim: int) -> int:
+    """Entries of a packed lower triangle."""
+    return dim * (dim + 1) // 2
+
+
+def new_rows(
+    layout: RowLayout,
+    first: FirstFilter,
+    second: SecondFilter | None,
+    means: NDArray[np.float32],
+    meta_version: int,
+) -> Slab:
+    """(n, row_bytes) users before their first event: ``means`` (n, d) and the priors S_0 of both filters."""
+    slab = np.zeros((len(means), layout.row_bytes), np.uint8)
+    rows = layout.rows(slab)
+    rows["layout_version"] = LAYOUT_VERSION
+    rows["last_offset"] = -1
+    rows["meta_version"] = meta_version
+    rows["mean"] = means
+    rows["covariance"] = first.covariance
+    if second is not None:
+        rows["second_mean"] = second.initialization
+        rows["second_covariance"] = second.covariance
+    return slab
+
+
+class RecentEvents(NamedTuple):
+    """The k ≤ R latest events of one user, oldest first."""
+
+    item: NDArray[np.uint64]
+    """(k,) ``ring_item`` of the event's item"""
+    label: NDArray[np.int8]
+    """(k,)"""
+    grade: NDArray[np.int32]
+    """(k,) NO_GRADE where there was none"""
+    time_ms: NDArray[np.int64]
+    """(k,) event time to the hour"""
+
+
+def recent_events(layout: RowLayout, row: np.void) -> RecentEvents:
+    """Reads the ring of one row of ``layout.rows``."""
+    count = int(row["events"])
+    kept = min(count, layout.ring)
+    places = np.arange(count - kept, count) % max(layout.ring, 1)
+    entries = row["ring"][places]
+    hours = (entries & np.uint64(MAX_HOURS)).astype(np.int64)
+    return RecentEvents(
+        item=entries >> np.uint64(24),
+        label=(entries >> np.uint64(23) & np.uint64(1)).astype(np.int8),
+        grade=(entries >> np.uint64(17) & np.uint64(NO_GRADE)).astype(np.int32),
+        time_ms=row["first_time_ms"] + hours * 3_600_000,
+    )
+
+
+def item_hash(item_id: str) -> int:
+    """64 bits of BLAKE2b over the id: the item's name in ledgers and rings, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(item_id.encode(), digest_size=8).digest(), "little")
+
+
+def ring_item(hashed: int) -> int:
+    """What a ring entry keeps of ``item_hash``."""
+    return hashed >> 24
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _mix(word: np.uint64) -> np.uint64:
+    """The finalizer of splitmix64 (Steele, Lea, Flood 2014; constants: Stafford's variant 13)."""
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return word ^ (word >> np.uint64(31))
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def extend_ledger(
+    ledger: np.uint64, offset: np.int64, hashed_item: np.uint64, label: np.int8, time_ms: np.int64
+) -> np.uint64:
+    """The ledger after one more event; 0 is the ledger of none.
+
+    Each event goes through three rounds, so ledgers agree only if the same events were applied in the same order,
+    each of them once. It guards against mistakes, not against an adversary.
+    """
+    ledger = _mix(ledger + np.uint64(0x9E3779B97F4A7C15) ^ np.uint64(offset))
+    ledger = _mix(ledger ^ hashed_item)
+    return _mix(ledger ^ (np.uint64(time_ms) << np.uint64(1) | np.uint64(label)))

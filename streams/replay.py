@@ -1,0 +1,248 @@
+"""A backtest: learn offline from past users, stream the new ones event by event, and score every prediction."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.settings import Settings
+from learner.baselines import run_baselines
+from learner.artifact import Artifact, library_versions, read_artifact, write_artifact
+from learner.features import Catalogue
+from learner.interactions import Interactions
+from learner.meta_training import EpochReport, meta_train
+from learner.metrics import Metrics, evaluate, event_index
+from state.store import RocksUserStore, UserStore
+from streams.data_notes import data_notes
+from streams.ordering import OrderedEvents
+from streams.processor import Processor
+from streams.protocol import ProtocolError, Split, offline_events, online_batches, split_users
+from streams.provenance import describe_machine
+from streams.results import BacktestResult, Protocol, ScoredStream, Speed, StateSize
+from streams.sources import EventSource, load_catalogues, open_source, time_ordered
+
+PARTITION = 0
+"""A backtest streams everything through one partition."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunProgress:
+    """What a caller may show while a run goes on; every hook is optional."""
+
+    stage: Callable[[str], None] = lambda _: None
+    """A new stage begins, in words."""
+    epoch: Callable[[EpochReport], None] = lambda _: None
+    """An epoch of the offline stage is done."""
+    streamed: Callable[[int, int], None] = lambda _done, _total: None
+    """(events streamed so far, all of them)"""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedData:
+    """A source in time order, split, with its catalogues."""
+
+    source: EventSource
+    ordered: OrderedEvents
+    split: Split
+    users: Catalogue
+    items: Catalogue
+    notes: tuple[str, ...]
+    """What a report on this data must state"""
+
+
+@contextmanager
+def prepared(settings: Settings, progress: RunProgress) -> Iterator[PreparedData]:
+    """Reads, orders and splits the source; its spool lives as long as the context."""
+    with ExitStack() as stack:
+        spool = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coldstream-spool-")))
+        progress.stage("reading events")
+        source = open_source(settings.data)
+        users, items = load_catalogues(settings.data)
+        ordered = stack.enter_context(time_ordered(source, spool))
+        protocol = settings.protocol
+        split = split_users(ordered, protocol.offline_fraction, protocol.score_last)
+        yield PreparedData(source, ordered, split, users, items, data_notes(settings.data, ordered))
+
+
+def train_offline(
+    data: PreparedData, settings: Settings, progress: RunProgress, checkpoints: Path | None = None
+) -> Artifact:
+    """The offline stage on the offline events of the protocol."""
+    offline = offline_events(data.ordered, data.split)
+    progress.stage(f"offline stage: {len(offline):,} events of {len(offline.user_ids):,} users")
+    return meta_train(
+        offline, data.users, data.items, settings.learner, settings.training,
+        checkpoints=checkpoints, progress=progress.epoch,
+    ).with_metrics(cut_time_ms=data.split.cut_time_ms)  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Recorder:
+    """Columns of the scored stream, under one dictionary for the whole run."""
+
+    users: dict[str, int] = field(default_factory=dict)
+    items: dict[str, int] = field(default_factory=dict)
+    batches: list[Interactions] = field(default_factory=list)
+    user: list[NDArray[np.int32]] = field(default_factory=list)
+    item: list[NDArray[np.int32]] = field(default_factory=list)
+    probability: list[NDArray[np.float32]] = field(default_factory=list)
+
+    def add(self, batch: Interactions, probability: NDArray[np.float32]) -> None:
+        self.user.append(_codes(self.users, batch.user_ids)[batch.user])
+        self.item.append(_codes(self.items, batch.item_ids)[batch.item])
+        self.batches.append(batch)
+        self.probability.append(probability)
+
+    def scored(self, baselines: dict[str, NDArray[np.float32]], scored_users: frozenset[str]) -> ScoredStream:
+        user = np.concatenate(self.user)
+        index = event_index(user)
+        keep = np.fromiter((u in scored_users for u in self.users), np.bool_, len(self.users))[user]
+
+        def column(name: str) -> NDArray[np.generic]:
+            return np.concatenate([getattr(b, name) for b in self.batches])[keep]
+
+        return ScoredStream(
+            tuple(self.users), tuple(self.items), user[keep], np.concatenate(self.item)[keep],
+            column("event_time_ms"), column("offset"), column("label"), index[keep],
+            np.concatenate(self.probability)[keep], {name: p[keep] for name, p in baselines.items()},
+        )  # type: ignore[arg-type]  # fmt: skip
+
+
+class Backtest:
+    """One run of the protocol under given settings: ``Backtest(settings).run()``.
+
+    ``model`` streams with a trained artifact in place of the offline stage. ``state`` keeps the users' rows in
+    that directory, which must be new or empty; without it they live in a temporary one.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        baselines: bool = False,
+        model: Path | None = None,
+        save_model: Path | None = None,
+        progress: RunProgress | None = None,
+        command: tuple[str, ...] = (),
+    ) -> None:
+        self.settings = settings
+        self.with_baselines = baselines
+        self.model = model
+        self.save_model = save_model
+        self.progress = progress or RunProgress()
+        self.command = command
+
+    def run(self) -> BacktestResult:
+        """Learns, streams and scores.
+
+        Raises SourceError, ProtocolError, TrainingError, ArtifactError, StoreError: each says what to do.
+        """
+        with prepared(self.settings, self.progress) as data:
+            artifact = self._artifact(data)
+            serving = artifact.serving(data.users, data.items)
+            with temporary_directory(self.settings.state.directory, "state") as directory:
+                recorder = _Recorder()
+                with Processor(serving, lambda partition: self._open(directory, partition), self.settings) as stream:
+                    seconds = self._stream(data, stream, recorder)
+                    state = stream.state_size()
+            baselines = self._baselines(data, recorder)
+            scored = recorder.scored(baselines, data.split.is_scored(data.ordered))
+            return self._result(data, artifact, scored, seconds, state, recorder)
+
+    def _artifact(self, data: PreparedData) -> Artifact:
+        if self.model is None:
+            trained = train_offline(data, self.settings, self.progress)
+            with temporary_directory(self.save_model, "model") as directory:
+                write_artifact(directory, trained)
+                artifact = read_artifact(directory)  # what is streamed is what was saved, to the bit
+        else:
+            artifact = read_artifact(self.model)
+            learned_until = artifact.metrics.get("cut_time_ms")
+            if learned_until is None or learned_until > data.split.cut_time_ms:
+                raise ProtocolError(
+                    f"the model in {self.model} has learned from events up to {learned_until or 'the end'} ms, after "
+                    f"this backtest's cut at {data.split.cut_time_ms} ms: its figures would be leaked from the "
+                    "future; use the offline fraction it was trained with, or a larger one"
+                )
+        return artifact
+
+    def _stream(self, data: PreparedData, stream: Processor, recorder: _Recorder) -> float:
+        """Streams the online events to durable rows; returns the wall-clock seconds it took."""
+        total = data.ordered.events
+        self.progress.stage("streaming new users")
+        start = time.perf_counter()
+        for batch in online_batches(data.ordered, data.split):
+            predictions = stream.process(PARTITION, batch)
+            recorder.add(batch, predictions.probability)
+            self.progress.streamed(int(batch.offset[-1]) + 1, total)
+        return time.perf_counter() - start
+
+    def _baselines(self, data: PreparedData, recorder: _Recorder) -> dict[str, NDArray[np.float32]]:
+        if not self.with_baselines:
+            return {}
+        self.progress.stage("baselines")
+        online = Interactions.concatenate(recorder.batches)
+        offline = offline_events(data.ordered, data.split)
+        seed = self.settings.training.seed
+        return run_baselines(offline, online, data.users, data.items, seed=seed, progress=self.progress.stage)
+
+    def _metrics(self, scored: ScoredStream, probability: NDArray[np.float32]) -> Metrics:
+        samples = self.settings.protocol.bootstrap_samples
+        return evaluate(scored.label, probability, scored.user, scored.index, bootstrap_samples=samples)
+
+    def _result(
+        self,
+        data: PreparedData,
+        artifact: Artifact,
+        scored: ScoredStream,
+        seconds: float,
+        state: StateSize,
+        recorder: _Recorder,
+    ) -> BacktestResult:
+        self.progress.stage("scoring")
+        events = sum(len(batch) for batch in recorder.batches)
+        trained = artifact.metrics
+        return BacktestResult(
+            protocol=Protocol(
+                trained["offline_events"], trained["offline_users"], events, len(recorder.users),
+                data.split.cut_time_ms,
+            ),
+            metrics=self._metrics(scored, scored.probability),
+            baselines={name: self._metrics(scored, p) for name, p in scored.baselines.items()},
+            speed=Speed(trained["train_s"], events / seconds),
+            state=state,
+            versions={**library_versions(), "artifact": artifact.fingerprint},
+            settings=self.settings,
+            scored=scored,
+            command=self.command,
+            rejects=data.source.rejects.counts,
+            notes=(*data.notes, *self._scoring_note(scored, events)),
+            training_loss=tuple(trained["train_log_loss"]),
+            machine=describe_machine(),
+        )  # fmt: skip
+
+    def _scoring_note(self, scored: ScoredStream, events: int) -> tuple[str, ...]:
+        if len(scored) == events:
+            return ()
+        users = len(np.unique(scored.user))
+        return (
+            f"Scored are {len(scored):,} events of the {users:,} users of the last "
+            f"{self.settings.protocol.score_last:.0%}; {events:,} events were streamed.",
+        )
+
+
+@contextmanager
+def temporary_directory(kept: Path | None, purpose: str) -> Iterator[Path]:
+    """``kept`` if it is given, else a directory that is removed at the end."""
+    if kept is not None:
+        yield kept
+        return
+    with tempfile.TemporaryDirectory(prefix=f"coldstream-{purpose}-") as directory:
+        yield Path(directory)

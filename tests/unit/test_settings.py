@@ -1,0 +1,163 @@
+"""Settings: layers, origins, and errors that name what to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs.exceptions import InvalidSettings, UnknownProfile, UnreadableSettings
+from configs.loading import load_settings, profile_names, resolve_settings
+from configs.settings import Settings
+
+
+def written(directory: Path, name: str, text: str) -> str:
+    path = directory / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_the_default_profile_restates_the_built_in_defaults() -> None:
+    assert load_settings("default", environ={}) == Settings()
+    assert load_settings(None, environ={}) == Settings()
+
+
+def test_the_published_profiles_are_found() -> None:
+    assert profile_names() == ["default", "demo", "ml-100k", "ml-100k-graded", "ml-1m", "ml-1m-graded"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "users_per_batch", "graded"),
+    [("ml-1m", 32, False), ("ml-1m-graded", 32, True), ("ml-100k", 16, False), ("ml-100k-graded", 16, True)],
+)
+def test_movielens_profiles_share_their_hyperparameters(profile: str, users_per_batch: int, graded: bool) -> None:
+    settings = load_settings(profile, environ={})
+    assert (settings.learner.dim, settings.learner.item_dim, settings.learner.second_filter) == (16, 64, True)
+    assert (settings.training.epochs, settings.training.learning_rate) == (20, 0.01)
+    assert settings.training.users_per_batch == users_per_batch
+    assert settings.learner.graded_targets is graded
+    assert settings.learner.ordinal_auxiliary == (0.3 if graded else 0.0)
+    assert (settings.data.format, settings.data.events.label.at_least) == ("movielens", 4.0)
+
+
+def test_flags_win_over_environment_over_file(tmp_path: Path) -> None:
+    path = written(tmp_path, "own.yaml", "learner: {dim: 4, item_dim: 5, second_dim: 6}\n")
+    environ = {"COLDSTREAM__LEARNER__ITEM_DIM": "50", "COLDSTREAM__LEARNER__SECOND_DIM": "7"}
+    learner = load_settings(path, {"learner.second_dim": 9}, environ).learner
+    assert (learner.dim, learner.item_dim, learner.second_dim) == (4, 50, 9)
+
+
+def test_a_file_extends_a_profile_and_a_neighbour(tmp_path: Path) -> None:
+    written(tmp_path, "base.yaml", "extends: ml-100k\nlearner: {dim: 4}\n")
+    path = written(tmp_path, "own.yaml", "extends: base.yaml\ntraining: {epochs: 1}\n")
+    resolved = resolve_settings(path, environ={})
+    assert (resolved.settings.learner.dim, resolved.settings.training.epochs) == (4, 1)
+    assert resolved.settings.training.users_per_batch == 16
+    assert resolved.changed()["training.users_per_batch"] == "profile ml-100k:6"
+    assert resolved.changed()["learner.dim"] == f"{tmp_path / 'base.yaml'}:2"
+
+
+def test_origins_name_only_values_that_differ_from_the_default(tmp_path: Path) -> None:
+    path = written(tmp_path, "own.yaml", "learner:\n  dim: 16\n  head: diagonal\n")
+    environ = {"COLDSTREAM__TRAINING__SEED": "3"}
+    assert resolve_settings(path, {"protocol.offline_fraction": 0.5}, environ).changed() == {
+        "learner.head": f"{path}:3",
+        "training.seed": "environment variable COLDSTREAM__TRAINING__SEED",
+        "protocol.offline_fraction": "flag protocol.offline_fraction",
+    }
+
+
+def test_an_unknown_key_names_file_key_nearest_and_allowed(tmp_path: Path) -> None:
+    path = written(tmp_path, "own.yaml", "data:\n  events:\n    labels: {field: x}\n")
+    with pytest.raises(InvalidSettings) as caught:
+        load_settings(path, environ={})
+    assert str(caught.value) == (
+        f"{path}:3: data.events.labels.field: unknown key, did you mean data.events.label?; known under data.events: "
+        "user_id, item_id, label, value, event_time, user_features, item_features"
+    )
+
+
+def test_an_unknown_key_of_another_section_is_found_there() -> None:
+    with pytest.raises(InvalidSettings, match=r"flag training\.dim: .*did you mean learner\.dim\?"):
+        load_settings(None, {"training.dim": 3}, {})
+
+
+def test_an_unknown_environment_variable_is_named() -> None:
+    with pytest.raises(InvalidSettings) as caught:
+        load_settings(None, environ={"COLDSTREAM__TRAINING__EPOCH": "3"})
+    assert str(caught.value).startswith(
+        "environment variable COLDSTREAM__TRAINING__EPOCH: training.epoch: unknown key, did you mean training.epochs?"
+    )
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    overrides = {"learner.dim": 1, "learner.head": "ful", "learner.dims": 2}
+    with pytest.raises(InvalidSettings) as caught:
+        load_settings(None, overrides, {})
+    assert [p.key for p in caught.value.problems] == ["learner.dims", "learner.head", "learner.dim"]
+    assert caught.value.problems[1].message == "Input should be 'full', 'diagonal' or 'gradient', given 'ful'"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"data.events.label.equals": "5", "data.events.label.at_least": "3"}, "takes one rule"),
+        ({"data.delimiter": ""}, "one or more characters"),
+        ({"data.encoding": "utf-16"}, "convert the file to utf-8"),
+        ({"data.encoding": "latin"}, ""),
+        ({"data.encoding": "klingon"}, "unknown encoding"),
+        ({"data.columns": "[a, a]"}, "named twice"),
+        ({"training.learning_rate": "nan"}, "finite number"),
+        ({"learner.dim.x": 1}, "has no keys below it"),
+        ({"data.events.user_features": {"age": {"kin": "numeric"}}}, "did you mean data.events.user_features.age.kind"),
+    ],
+)
+def test_values_outside_their_meaning_are_refused(overrides: dict[str, object], message: str) -> None:
+    if not message:
+        assert load_settings(None, overrides, {}).data.encoding == "iso8859-1"
+        return
+    with pytest.raises(InvalidSettings, match=message):
+        load_settings(None, overrides, {})
+
+
+def test_text_of_flags_and_environment_is_read_as_lists_null_and_scalars() -> None:
+    environ = {"COLDSTREAM__DATA__PATHS": "[a.csv, b.csv]", "COLDSTREAM__STATE__DIRECTORY": "null"}
+    settings = load_settings(None, {"data.delimiter": r"\t", "learner.second_filter": "false"}, environ)
+    assert settings.data.paths == (Path("a.csv"), Path("b.csv"))
+    assert (settings.state.directory, settings.data.delimiter, settings.learner.second_filter) == (None, "\t", False)
+
+
+def test_one_path_may_stand_without_a_list() -> None:
+    assert load_settings(None, {"data.paths": "a.csv"}, {}).data.paths == (Path("a.csv"),)
+
+
+def test_an_override_of_none_is_a_flag_not_given() -> None:
+    assert load_settings(None, {"learner.dim": None}, {}) == Settings()
+
+
+def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, "own.yaml", "learner:\n  dim: 4\n  dim: 8\n")
+    with pytest.raises(UnreadableSettings, match=r"own\.yaml:3: learner\.dim is given twice"):
+        load_settings(path, environ={})
+
+
+@pytest.mark.parametrize("text", ["- a\n", "just text\n", "a: [\n"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UnreadableSettings, match=r"own\.yaml"):
+        load_settings(written(tmp_path, "own.yaml", text), environ={})
+
+
+def test_a_circle_of_files_is_refused(tmp_path: Path) -> None:
+    written(tmp_path, "a.yaml", "extends: b.yaml\n")
+    path = written(tmp_path, "b.yaml", "extends: a.yaml\n")
+    with pytest.raises(UnreadableSettings, match="extends itself"):
+        load_settings(path, environ={})
+
+
+def test_an_unknown_profile_names_the_nearest_and_all() -> None:
+    with pytest.raises(UnknownProfile) as caught:
+        load_settings("ml-1mm", environ={})
+    assert str(caught.value) == (
+        "no profile and no file is named 'ml-1mm' (nearest: ml-1m); profiles: default, demo, ml-100k, "
+        "ml-100k-graded, ml-1m, ml-1m-graded; or give the path of a YAML file"
+    )

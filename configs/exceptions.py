@@ -1,10 +1,10 @@
 """Errors of Coldstream's settings, and the root of all its errors.
 
-    ColdstreamError             whatever a user can cause and mend; exit code 2
-    └── SettingsError
-        ├── UnknownProfile      neither a profile's name nor a file
-        ├── UnreadableSettings  a file that is no YAML mapping, or that extends itself
-        └── InvalidSettings     unknown keys and values outside their type, all of them at once
+ColdstreamError             whatever a user can cause and mend; exit code 2
+└── SettingsError
+    ├── UnknownProfile      neither a profile's name nor a file
+    ├── UnreadableSettings  a file that is no YAML mapping, or that extends itself
+    └── InvalidSettings     unknown keys and values outside their type, all of them at once
 """
 
 from __future__ import annotations

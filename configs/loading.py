@@ -1,7 +1,8 @@
 """From profiles, files, environment and flags to one validated, frozen ``Settings``.
 
 Layers, later ones win key by key: the built-in defaults < the profile or YAML file (what it ``extends`` first)
-< environment variables ``COLDSTREAM__SECTION__KEY`` < flags (dotted keys). Lists are replaced, not joined.
+< environment variables ``COLDSTREAM__SECTION__KEY`` < flags (dotted keys). Lists are replaced, not joined; so is a
+mapping that one variable or flag gives as a whole. An empty mapping in a file changes nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class _Layer:
 
 def profile_names() -> list[str]:
     """The profiles that come with Coldstream."""
-    entries = resources.files("configs").joinpath("profiles").iterdir()
+    entries = resources.files("configs").iterdir()
     return sorted(e.name.removesuffix(".yaml") for e in entries if e.name.endswith(".yaml"))
 
 
@@ -88,7 +89,7 @@ def resolve_settings(
     ]
     problems = [problem for layer in layers for problem in _unknown_keys(layer)]
     unknown = {problem.key for problem in problems}
-    values: dict[Key, object] = {}
+    values = dict(leaves(Settings().model_dump()))
     origins: dict[Key, str] = {}
     for layer in layers:
         for key, value in layer.values.items():
@@ -101,7 +102,7 @@ def resolve_settings(
         problems.extend(_problem(details, origins) for details in error.errors())
     if problems:
         raise InvalidSettings(tuple(problems))
-    return ResolvedSettings(settings, {".".join(key): origins[key] for key in values})
+    return ResolvedSettings(settings, {".".join(key): origins[key] for key in values if key in origins})
 
 
 def leaves(tree: Mapping[str, object], path: Key = ()) -> Iterator[tuple[Key, object]]:
@@ -138,7 +139,7 @@ def _file_layers(profile_or_path: str) -> list[_Layer]:
 def _read(name: str, directory: Path) -> tuple[str, str, Path]:
     """(label for messages, YAML text, directory that its own ``extends`` is relative to)."""
     if name in profile_names():
-        resource = resources.files("configs").joinpath("profiles", f"{name}.yaml")
+        resource = resources.files("configs").joinpath(f"{name}.yaml")
         return f"profile {name}", resource.read_text("utf-8"), Path()
     path = directory / name
     try:

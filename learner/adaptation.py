@@ -178,7 +178,9 @@ def warm_up(adaptation: Adaptation) -> None:
         *(np.zeros(0, t) for t in (np.int32, np.int32, np.int8, np.int32, np.int64, np.int64, np.int64, np.uint64))
     )
     widths = (layout.dim, max(layout.second_dim - 2, 0))
-    items = ItemTable(np.zeros((0, widths[0]), np.float32), np.zeros(0, np.float32), np.zeros((0, widths[1]), np.float32))
+    items = ItemTable(
+        np.zeros((0, widths[0]), np.float32), np.zeros(0, np.float32), np.zeros((0, widths[1]), np.float32)
+    )
     adaptation.learn(slab, events, items)
 
 

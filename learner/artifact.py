@@ -65,9 +65,7 @@ class Artifact:
 
     def serving(self, users: Catalogue | None = None, items: Catalogue | None = None) -> ServingModel:
         """The model as the stream uses it; catalogues give features of ids the vocabulary does not hold."""
-        return ServingModel(
-            self.fixed, self.first, self.second, users=users, items=items, fingerprint=self.fingerprint
-        )
+        return ServingModel(self.fixed, self.first, self.second, users=users, items=items, fingerprint=self.fingerprint)
 
 
 def write_artifact(directory: Path, artifact: Artifact) -> str:

@@ -121,9 +121,7 @@ def _encode(
     catalogue: Catalogue, ids: tuple[str, ...], event_features: dict[str, Any]
 ) -> tuple[FeatureEncoder, SparseRows]:
     known = {f.name for f in catalogue.fields}
-    fields = catalogue.fields + tuple(
-        FeatureField(name, "categorical") for name in event_features if name not in known
-    )
+    fields = catalogue.fields + tuple(FeatureField(name, "categorical") for name in event_features if name not in known)
     raw = raw_features(fields, catalogue, ids, range(len(ids)), event_features)
     encoder = FeatureEncoder.fit(fields, (row for row in raw if row is not None))
     return encoder, encoder.encode(raw)

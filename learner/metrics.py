@@ -190,7 +190,7 @@ class _Ranked:
         return float(_weighted_auc(self.label, self.user, self.group, counts))
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _weighted_auc(label: NDArray[np.int8], user: Int, group: Int, counts: Int) -> float:
     """Twice the won pairs, in whole numbers (exact below 3e9 events), over twice all pairs."""
     won, below, positives, negatives, current = 0, 0, 0, 0, -1

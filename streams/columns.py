@@ -162,7 +162,7 @@ def _column(block: RawBlock, name: str) -> RawColumn:
 def _ids(column: RawColumn, rule: IdRule, problems: dict[int, Problem]) -> tuple[tuple[str, ...], NDArray[np.int32]]:
     encoded = encode(column)
     if isinstance(column, pa.Array) and _are_plain_ids(encoded.values):
-        return tuple(rule.prefix + text for text in encoded.values), encoded.codes
+        return tuple(f"{rule.prefix}{text}" for text in encoded.values), encoded.codes
     ids: dict[str, int] = {}
     recoded = np.empty(len(encoded.values), dtype=np.int32)
     bad: dict[int, Problem] = {}

@@ -20,7 +20,7 @@ import pyarrow.csv as pa_csv
 from streams.columns import RawBlock, RawColumn
 from streams.exceptions import EmptyFile, UnusableFile
 from streams.rejects import Problem, Reason, Rejection
-from streams.text_blocks import TextBlock, read_blocks
+from streams.text_blocks import LineTexts, TextBlock, read_blocks, split_lines
 
 UNIT_SEPARATOR = "\x1f"
 """Stands for a longer delimiter inside pyarrow's reader, in blocks that do not hold it."""
@@ -115,15 +115,10 @@ def _parse(
         quotes = layout.quoting and b'"' in data
         parse = _parse_quoted if quotes else _parse_plain
         table = parse(data, layout, names, wanted, count)
-    if table is None:
+    if data is None or table is None:
         return _parse_lines(block, layout, names, wanted, position)
-
-    def raw_text(row: int) -> str:
-        assert data is not None
-        return _line_texts(data)[row]
-
     rows = np.arange(count, dtype=np.int64)
-    return RawBlock(block.path, table, rows + position, rows + block.first_line, raw_text, count)
+    return RawBlock(block.path, table, rows + position, rows + block.first_line, LineTexts(data), count)
 
 
 def _parse_plain(
@@ -161,7 +156,7 @@ def _parse_quoted(
     data: bytes, layout: DelimitedLayout, names: tuple[str, ...], wanted: Sequence[str], count: int
 ) -> dict[str, RawColumn] | None:
     try:
-        rows = list(csv.reader(_line_texts(data), delimiter=layout.delimiter, strict=True))
+        rows = list(csv.reader(split_lines(data), delimiter=layout.delimiter, strict=True))
     except csv.Error:
         return None
     if len(rows) != count or set(map(len, rows)) != {len(names)}:
@@ -204,10 +199,6 @@ def _parse_lines(
 def _columns(rows: list[list[str]], names: tuple[str, ...], wanted: Sequence[str]) -> dict[str, RawColumn]:
     places = {name: names.index(name) for name in wanted}
     return {name: pa.array([row[k] for row in rows], pa.string()) for name, k in places.items()}
-
-
-def _line_texts(data: bytes) -> list[str]:
-    return data.decode().removesuffix("\n").split("\n")
 
 
 def _is_odd(data: bytes) -> bool:

@@ -1,14 +1,14 @@
 """Errors of the stream's edge: files and what is in them.
 
-    ColdstreamError (configs.exceptions)
-    └── SourceError             a source of events or features cannot be used
-        ├── NoInput             no path was given
-        ├── MissingFile         a path that is not there, or cannot be opened
-        ├── EmptyFile           a file, or a whole source, without one record
-        ├── UnknownFormat       neither the name nor the settings say how the file is laid out
-        ├── UnknownColumn       a mapped field that the file does not have
-        ├── UnusableFile        the file is not what its format says, or a column's type has no meaning here
-        └── TooManyRejects      more lines than data.rejects.max_share cannot be used
+ColdstreamError (configs.exceptions)
+└── SourceError             a source of events or features cannot be used
+    ├── NoInput             no path was given
+    ├── MissingFile         a path that is not there, or cannot be opened
+    ├── EmptyFile           a file, or a whole source, without one record
+    ├── UnknownFormat       neither the name nor the settings say how the file is laid out
+    ├── UnknownColumn       a mapped field that the file does not have
+    ├── UnusableFile        the file is not what its format says, or a column's type has no meaning here
+    └── TooManyRejects      more lines than data.rejects.max_share cannot be used
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from streams.columns import Encoded, RawBlock, RawColumn
 from streams.rejects import Problem, Reason, Rejection
-from streams.text_blocks import TextBlock, read_blocks
+from streams.text_blocks import LineTexts, TextBlock, read_blocks
 
 OBJECTS_LOOKED_AT = 1_000
 """Objects whose keys tell whether a mapped field exists: a rare key may be missing from the first few."""
@@ -94,11 +94,7 @@ def _plain_block(
 ) -> RawBlock:
     columns = {key: _column([getattr(r, name) for r in records]) for name, key in zip(names, wanted, strict=True)}
     rows = np.arange(len(records), dtype=np.int64)
-
-    def raw_text(row: int) -> str:
-        return data.decode().split("\n")[row]
-
-    return RawBlock(block.path, columns, rows + position, rows + block.first_line, raw_text, len(records))
+    return RawBlock(block.path, columns, rows + position, rows + block.first_line, LineTexts(data), len(records))
 
 
 def _parse_lines(

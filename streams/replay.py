@@ -19,10 +19,12 @@ from learner.features import Catalogue
 from learner.interactions import Interactions
 from learner.meta_training import EpochReport, meta_train
 from learner.metrics import Metrics, evaluate, event_index
-from state.store import RocksUserStore, UserStore
+from learner.user_state import RowLayout
+from state.exceptions import StoreError
+from state.store import RocksUserStore
 from streams.data_notes import data_notes
 from streams.ordering import OrderedEvents
-from streams.processor import Processor
+from streams.processor import OpenStore, Processor, row_parts
 from streams.protocol import ProtocolError, Split, offline_events, online_batches, split_users
 from streams.provenance import describe_machine
 from streams.results import BacktestResult, Protocol, ScoredStream, Speed, StateSize
@@ -149,9 +151,11 @@ class Backtest:
             serving = artifact.serving(data.users, data.items)
             with temporary_directory(self.settings.state.directory, "state") as directory:
                 recorder = _Recorder()
-                with Processor(serving, lambda partition: self._open(directory, partition), self.settings) as stream:
+                with Processor(serving, rocks_stores(directory), self.settings.state) as stream:
+                    self._refuse_used_state(stream, directory)
                     seconds = self._stream(data, stream, recorder)
-                    state = stream.state_size()
+                    parts = row_parts(stream.layout)
+                state = StateSize(len(recorder.users), sum(parts.values()), parts)
             baselines = self._baselines(data, recorder)
             scored = recorder.scored(baselines, data.split.is_scored(data.ordered))
             return self._result(data, artifact, scored, seconds, state, recorder)
@@ -172,6 +176,13 @@ class Backtest:
                     "future; use the offline fraction it was trained with, or a larger one"
                 )
         return artifact
+
+    def _refuse_used_state(self, stream: Processor, directory: Path) -> None:
+        if stream.store(PARTITION).offset() is not None:
+            raise StoreError(
+                f"the state directory {directory} holds the users of an earlier run: a backtest starts with none; "
+                "give a new directory"
+            )
 
     def _stream(self, data: PreparedData, stream: Processor, recorder: _Recorder) -> float:
         """Streams the online events to durable rows; returns the wall-clock seconds it took."""
@@ -222,7 +233,7 @@ class Backtest:
             settings=self.settings,
             scored=scored,
             command=self.command,
-            rejects=data.source.rejects.counts,
+            rejects={str(r): n for r, n in data.source.rejects.by_reason.most_common()},
             notes=(*data.notes, *self._scoring_note(scored, events)),
             training_loss=tuple(trained["train_log_loss"]),
             machine=describe_machine(),
@@ -238,6 +249,10 @@ class Backtest:
         )
 
 
+def _codes(known: dict[str, int], ids: tuple[str, ...]) -> NDArray[np.int32]:
+    return np.fromiter((known.setdefault(i, len(known)) for i in ids), np.int32, len(ids))
+
+
 @contextmanager
 def temporary_directory(kept: Path | None, purpose: str) -> Iterator[Path]:
     """``kept`` if it is given, else a directory that is removed at the end."""
@@ -246,3 +261,12 @@ def temporary_directory(kept: Path | None, purpose: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix=f"coldstream-{purpose}-") as directory:
         yield Path(directory)
+
+
+def rocks_stores(directory: Path) -> OpenStore:
+    """One RocksDB per partition under ``directory``."""
+
+    def open_store(partition: int, layout: RowLayout) -> RocksUserStore:
+        return RocksUserStore(directory / f"partition-{partition}", layout)
+
+    return open_store

@@ -75,6 +75,25 @@ class Lines:
     rejections: tuple[Rejection, ...]
 
 
+class LineTexts:
+    """The text of a block's row k, for rejects; the block is split once, and only if some row is asked for."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._texts: list[str] | None = None
+
+    def __call__(self, row: int) -> str:
+        """The text of row ``row``, from 0."""
+        if self._texts is None:
+            self._texts = split_lines(self._data)
+        return self._texts[row]
+
+
+def split_lines(data: bytes) -> list[str]:
+    """The lines of a block in UTF-8, without their ends."""
+    return data.decode().removesuffix("\n").split("\n")
+
+
 def read_blocks(path: Path, encoding: str) -> Iterator[TextBlock]:
     """All lines of a file, in blocks of about ``BLOCK_BYTES``.
 

@@ -50,7 +50,7 @@ def _loss(trial: Problem, item_prior: float, user_precision: float) -> float:
     return mean_log_loss(trial.online, counted(trial, item_prior, user_precision)) if len(trial.online) else 0.0
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True, cache=True)
 def _count(user, item, label, users, items, overall, item_prior, user_precision):  # type: ignore[no-untyped-def]
     clicks, shown = np.zeros(items), np.zeros(items)
     bias, precision = np.zeros(users), np.full(users, user_precision)

@@ -67,6 +67,13 @@ def test_origins_name_only_values_that_differ_from_the_default(tmp_path: Path) -
     }
 
 
+def test_part_of_a_field_rule_keeps_the_built_in_rest(tmp_path: Path) -> None:
+    path = written(tmp_path, "own.yaml", "data: {events: {user_id: {prefix: 'shop:'}, label: {at_least: 4}}}\n")
+    events = load_settings(path, environ={}).data.events
+    assert (events.user_id.field, events.user_id.prefix) == ("user_id", "shop:")
+    assert (events.label.field, events.label.at_least) == ("label", 4.0)
+
+
 def test_an_unknown_key_names_file_key_nearest_and_allowed(tmp_path: Path) -> None:
     path = written(tmp_path, "own.yaml", "data:\n  events:\n    labels: {field: x}\n")
     with pytest.raises(InvalidSettings) as caught:

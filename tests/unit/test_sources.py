@@ -96,6 +96,12 @@ def test_names_in_the_settings_replace_a_header_that_is_there(tmp_path: Path) ->
     assert read(path, columns="[user_id, item_id, label, event_time_ms]", header=True) == TWO
 
 
+@pytest.mark.parametrize("user", ["u\r", "v\rw"])
+def test_a_carriage_return_that_ends_no_line_is_text(tmp_path: Path, user: str) -> None:
+    path = written(tmp_path, "a.csv", f"item_id,label,event_time_ms,user_id\ni,1,5,{user}\r\n")
+    assert read(path) == [(user, "i", 1, 5)]
+
+
 def test_quoted_fields_hold_delimiters_and_quotes(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", HEADER + '"a,b","say ""hi""",1,1000\n')
     assert read(path) == [("a,b", 'say "hi"', 1, 1000)]
@@ -138,7 +144,8 @@ def test_batches_hold_at_most_65536_events_and_their_own_ids(tmp_path: Path) -> 
 
 
 def test_batches_can_be_read_again(tmp_path: Path) -> None:
-    source = open_source(data_settings(written(tmp_path, "a.csv", HEADER + "u1,i1,1,1000\n,i,1,5\n"), rejects__max_share=1))
+    path = written(tmp_path, "a.csv", HEADER + "u1,i1,1,1000\n,i,1,5\n")
+    source = open_source(data_settings(path, rejects__max_share=1))
     first, again = rows(list(source.batches())), rows(list(source.batches()))
     assert first == again == [("u1", "i1", 1, 1000)]
     assert source.rejects.summary() == {"records": 2, "rejected": 1, "by_reason": {"empty id": 1}}
@@ -289,7 +296,8 @@ def test_errors_about_files_say_what_to_do(tmp_path: Path) -> None:
     path = written(tmp_path, "e.csv", HEADER)
     with pytest.raises(SourceError, match="would be overwritten"):
         open_source(data_settings(path, rejects__path=str(path)))
-    pq.write_table(pa.table({"user_id": [{"a": 1}], "item_id": [1], "label": [1], "event_time_ms": [1]}), tmp_path / "n.pq")
+    nested = pa.table({"user_id": [{"a": 1}], "item_id": [1], "label": [1], "event_time_ms": [1]})
+    pq.write_table(nested, tmp_path / "n.pq")
     with pytest.raises(UnusableFile, match="column 'user_id' is nested"):
         read(tmp_path / "n.pq")
 

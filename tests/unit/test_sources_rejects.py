@@ -79,7 +79,8 @@ def test_each_bad_line_is_written_with_line_and_cause_and_the_rest_is_read(tmp_p
 )
 def test_bad_json_records_beside_a_good_one(tmp_path: Path, record: str, reason: str) -> None:
     good = '{"user_id":"u","item_id":"i","label":1,"event_time_ms":5}'
-    source = open_source(data_settings(written(tmp_path, "a.jsonl", f"{good}\n{record}\n{good}\n"), rejects__max_share=1))
+    path = written(tmp_path, "a.jsonl", f"{good}\n{record}\n{good}\n")
+    source = open_source(data_settings(path, rejects__max_share=1))
     assert sum(map(len, source.batches())) == 2
     assert source.rejects.summary()["by_reason"] == {reason: 1}
     assert source.rejects.first is not None

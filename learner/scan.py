@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 Array = NDArray[np.float32]
 
 
-@njit(fastmath=True, inline="always")  # type: ignore[untyped-decorator]
+@njit(fastmath=True, inline="always")
 def _sigmoid(z):  # type: ignore[no-untyped-def]
     return np.float32(1) / (np.float32(1) + np.exp(-z))
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def _longest(first, last, starts):  # type: ignore[no-untyped-def]
     longest = 0
     for u in range(first, last):
@@ -42,7 +42,7 @@ def _longest(first, last, starts):  # type: ignore[no-untyped-def]
 # --- full covariance ------------------------------------------------------------------------------------------
 
 
-@njit(fastmath=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=True)
 def _full_forward(lanes, psi, base, target, weight, m, S, kappa, drift, z, history):  # type: ignore[no-untyped-def]
     """One user: adapts (m, S) in place, writes z, and each event's (m, S) before it into ``history`` if it has rows."""
     one = np.float32(1)
@@ -82,7 +82,7 @@ def _full_forward(lanes, psi, base, target, weight, m, S, kappa, drift, z, histo
             S[j, j] += drift[j]
 
 
-@njit(fastmath=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=True)
 def _full_backward(lanes, psi, base, target, weight, kappa, drift, z, history, z_bar, out_psi, out_base, out_target, out_weight, out_m, out_S, out_drift):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
     """One user, last event first; out_m, out_S, out_drift get the gradients of the start. Returns kappa's.
 
@@ -158,7 +158,7 @@ def _full_backward(lanes, psi, base, target, weight, kappa, drift, z, history, z
     return kappa_bar
 
 
-@njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=True, nogil=True, cache=True)
 def _full_scan(first, last, lanes, starts, psi, base, target, weight, m0, S0, kappa, drift, z):  # type: ignore[no-untyped-def]
     nothing = np.empty((0, 0), np.float32)
     for u in range(first, last):
@@ -167,7 +167,7 @@ def _full_scan(first, last, lanes, starts, psi, base, target, weight, m0, S0, ka
         _full_forward(lanes, psi[a:e], base[a:e], target[a:e], weight[a:e], m, S, kappa, drift, z[a:e], nothing)
 
 
-@njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=True, nogil=True, cache=True)
 def _full_scan_backward(first, last, lanes, starts, psi, base, target, weight, m0, S0, kappa, drift, z_bar, psi_bar, base_bar, target_bar, weight_bar, m0_bar, S0_bar, kappa_bar, drift_bar):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
     d = len(lanes)
     longest = _longest(first, last, starts)
@@ -187,7 +187,7 @@ def _full_scan_backward(first, last, lanes, starts, psi, base, target, weight, m
 # --- diagonal covariance --------------------------------------------------------------------------------------
 
 
-@njit(fastmath=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=True)
 def _diagonal_forward(lanes, psi, base, target, weight, m, s, kappa, drift, z, history):  # type: ignore[no-untyped-def]
     one = np.float32(1)
     d = len(lanes)
@@ -212,7 +212,7 @@ def _diagonal_forward(lanes, psi, base, target, weight, m, s, kappa, drift, z, h
             s[i] += drift[i] - w * gain * a * a
 
 
-@njit(fastmath=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=True)
 def _diagonal_backward(lanes, psi, base, target, weight, kappa, z, history, z_bar, out_psi, out_base, out_target, out_weight, m_bar, s_bar, drift_bar):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
     one, half, two = np.float32(1), np.float32(0.5), np.float32(2)
     d = len(lanes)
@@ -263,7 +263,7 @@ def _diagonal_backward(lanes, psi, base, target, weight, kappa, z, history, z_ba
     return kappa_bar
 
 
-@njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=True, nogil=True, cache=True)
 def _diagonal_scan(first, last, lanes, starts, psi, base, target, weight, m0, s0, kappa, drift, z):  # type: ignore[no-untyped-def]
     nothing = np.empty((0, 0), np.float32)
     for u in range(first, last):
@@ -272,7 +272,7 @@ def _diagonal_scan(first, last, lanes, starts, psi, base, target, weight, m0, s0
         _diagonal_forward(lanes, psi[a:e], base[a:e], target[a:e], weight[a:e], m, s, kappa, drift, z[a:e], nothing)
 
 
-@njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=True, nogil=True, cache=True)
 def _diagonal_scan_backward(first, last, lanes, starts, psi, base, target, weight, m0, s0, kappa, drift, z_bar, psi_bar, base_bar, target_bar, weight_bar, m0_bar, s0_bar, kappa_bar, drift_bar):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
     d = len(lanes)
     longest = _longest(first, last, starts)
@@ -292,7 +292,7 @@ def _diagonal_scan_backward(first, last, lanes, starts, psi, base, target, weigh
 # --- gradient steps -------------------------------------------------------------------------------------------
 
 
-@njit(fastmath=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=True)
 def _gradient_forward(lanes, psi, base, target, weight, m, rate, z, history):  # type: ignore[no-untyped-def]
     d = len(lanes)
     keep = len(history) > 0
@@ -308,7 +308,7 @@ def _gradient_forward(lanes, psi, base, target, weight, m, rate, z, history):  #
             m[i] += rate[i] * psi[t, i] * step
 
 
-@njit(fastmath=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=True)
 def _gradient_backward(lanes, psi, target, weight, rate, z, history, z_bar, out_psi, out_base, out_target, out_weight, m_bar, rate_bar):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
     one = np.float32(1)
     d = len(lanes)
@@ -330,7 +330,7 @@ def _gradient_backward(lanes, psi, target, weight, rate, z, history, z_bar, out_
             m_bar[i] += psi[t, i] * total
 
 
-@njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=True, nogil=True, cache=True)
 def _gradient_scan(first, last, lanes, starts, psi, base, target, weight, m0, rate, z):  # type: ignore[no-untyped-def]
     nothing = np.empty((0, 0), np.float32)
     for u in range(first, last):
@@ -338,7 +338,7 @@ def _gradient_scan(first, last, lanes, starts, psi, base, target, weight, m0, ra
         _gradient_forward(lanes, psi[a:e], base[a:e], target[a:e], weight[a:e], m0[u].copy(), rate, z[a:e], nothing)
 
 
-@njit(fastmath=True, nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(fastmath=True, nogil=True, cache=True)
 def _gradient_scan_backward(first, last, lanes, starts, psi, base, target, weight, m0, rate, z_bar, psi_bar, base_bar, target_bar, weight_bar, m0_bar, rate_bar):  # type: ignore[no-untyped-def]  # fmt: skip # noqa: E501
     d = len(lanes)
     longest = _longest(first, last, starts)

@@ -276,7 +276,7 @@ def project_items(fixed: FixedPart, embedding: Float, bias: Float, features: Spa
     return table
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _add_weighted_rows(
     target: NDArray[Any], starts: NDArray[np.int64], columns: NDArray[np.int64], weights: Float, table: Float
 ) -> None:
@@ -287,7 +287,7 @@ def _add_weighted_rows(
                 target[r, j] += weights[k] * table[columns[k], j]
 
 
-@numba.njit(cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)
 def _project(e: NDArray[np.float64], weights: Float, bias: Float, out: Float) -> None:
     """out = e·weights + bias, summed in double precision in index order."""
     for r in range(len(e)):

@@ -185,7 +185,7 @@ def ring_item(hashed: int) -> int:
     return hashed >> 24
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def _mix(word: np.uint64) -> np.uint64:
     """The finalizer of splitmix64 (Steele, Lea, Flood 2014; constants: Stafford's variant 13)."""
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -193,7 +193,7 @@ def _mix(word: np.uint64) -> np.uint64:
     return word ^ (word >> np.uint64(31))
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True)
 def extend_ledger(
     ledger: np.uint64, offset: np.int64, hashed_item: np.uint64, label: np.int8, time_ms: np.int64
 ) -> np.uint64:

@@ -26,18 +26,19 @@ def test_the_published_profiles_are_found() -> None:
     assert profile_names() == ["default", "demo", "ml-100k", "ml-100k-graded", "ml-1m", "ml-1m-graded"]
 
 
-@pytest.mark.parametrize(
-    ("profile", "users_per_batch", "graded"),
-    [("ml-1m", 32, False), ("ml-1m-graded", 32, True), ("ml-100k", 16, False), ("ml-100k-graded", 16, True)],
-)
-def test_movielens_profiles_share_their_hyperparameters(profile: str, users_per_batch: int, graded: bool) -> None:
-    settings = load_settings(profile, environ={})
-    assert (settings.learner.dim, settings.learner.item_dim, settings.learner.second_filter) == (16, 64, True)
-    assert (settings.training.epochs, settings.training.learning_rate) == (20, 0.01)
-    assert settings.training.users_per_batch == users_per_batch
-    assert settings.learner.graded_targets is graded
-    assert settings.learner.ordinal_auxiliary == (0.3 if graded else 0.0)
-    assert (settings.data.format, settings.data.events.label.at_least) == ("movielens", 4.0)
+@pytest.mark.parametrize("suffix", ["", "-graded"])
+def test_ml_100k_carries_over_the_hyperparameters_of_ml_1m(suffix: str) -> None:
+    small, large = (load_settings(f"{name}{suffix}", environ={}) for name in ("ml-100k", "ml-1m"))
+    assert (small.data, small.learner, small.protocol) == (large.data, large.learner, large.protocol)
+    assert (small.training.users_per_batch, large.training.users_per_batch) == (16, 32)
+    assert small.training.model_copy(update={"users_per_batch": 32}) == large.training
+
+
+def test_only_the_graded_profiles_use_the_rating() -> None:
+    clicks, graded = load_settings("ml-1m", environ={}), load_settings("ml-1m-graded", environ={})
+    assert (clicks.learner.graded_targets, clicks.learner.ordinal_auxiliary) == (False, 0.0)
+    assert graded.learner.graded_targets is True
+    assert (clicks.data.format, clicks.data.events.label.at_least) == ("movielens", 4.0)
 
 
 def test_flags_win_over_environment_over_file(tmp_path: Path) -> None:

@@ -75,11 +75,15 @@ class OfflineUsers:
         starts = np.concatenate([[0], np.cumsum(lengths)])
         index = np.arange(starts[-1]) - np.repeat(starts[:-1], lengths)
         rows = np.repeat(self.starts[users], lengths) + index
-        tensors = (self.item[rows], self.label[rows], self.grade[rows], index.astype(np.float32))
+        columns = (self.item[rows], self.label[rows], self.grade[rows], index.astype(np.float32))
+        item, label, grade, position = (torch.from_numpy(c).to(device) for c in columns)
         picked = torch.from_numpy(users)
         return PackedSequences(
             torch.from_numpy(starts),
-            *(torch.from_numpy(t).to(device) for t in tensors),
+            item,
+            label,
+            grade,
+            position,
             self.columns[picked].to(device),
             self.weights[picked].to(device),
         )

@@ -179,7 +179,7 @@ class ServingModel:
         rows = np.fromiter((get(i, -1) for i in item_ids), dtype=np.int64, count=len(item_ids))
         unseen = np.flatnonzero(rows < 0)
         if len(unseen):
-            rows[unseen] = self._add_items([item_ids[k] for k in unseen], unseen, event_features)
+            rows[unseen] = self._add_items([item_ids[k] for k in unseen.tolist()], unseen, event_features)
         return rows
 
     def initial_means(

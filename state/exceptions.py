@@ -4,7 +4,8 @@ ColdstreamError
 └── StoreError           a store cannot be used; nothing was written
     ├── StoreLocked      another process (or another handle of this one) has it open for writing
     ├── StoreMismatch    it holds rows of another layout than the model's
-    └── StoreUnreadable  RocksDB refuses it: missing rights, damage, no space
+    ├── StoreUnreadable  RocksDB refuses it: missing rights, damage, no space
+    └── StoreClosed      it was closed before
 """
 
 from __future__ import annotations
@@ -26,3 +27,7 @@ class StoreMismatch(StoreError):
 
 class StoreUnreadable(StoreError):
     """RocksDB refuses it."""
+
+
+class StoreClosed(StoreError):
+    """It was closed before."""

@@ -11,6 +11,7 @@ Keys: ``u`` + the user's id in UTF-8, and ``m`` + a name for the store's own, so
 from __future__ import annotations
 
 import struct
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,17 +19,29 @@ from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from rocksdict import BlockBasedOptions, Cache, DBCompressionType, Options, Rdict, ReadOptions, WriteBatch
+from rocksdict import (
+    BlockBasedOptions,
+    Cache,
+    DBCompressionType,
+    Options,
+    Rdict,
+    RdictItems,
+    ReadOptions,
+    WriteBatch,
+    WriteBufferManager,
+)
 
 from learner.user_state import RowLayout, Slab
-from state.exceptions import StoreLocked, StoreMismatch, StoreUnreadable
+from state.exceptions import StoreClosed, StoreLocked, StoreMismatch, StoreUnreadable
 
 MEBIBYTE = 1 << 20
 BLOCK_CACHE_BYTES = 64 * MEBIBYTE
-"""Of one store: rows are read once per batch, a larger cache of blocks would mostly hold what is not asked again."""
-WRITE_BUFFER_BYTES = 32 * MEBIBYTE
-WRITE_BUFFERS = 3
-"""At most 96 MB of rows wait for a flush; with fewer, bursts stall."""
+"""Rows are read once per batch: a larger cache of blocks would mostly hold what is not asked again, and index and
+filter blocks of a million users fit into this."""
+MEMTABLE_BYTES = 64 * MEBIBYTE
+"""Rows of one store that are gathered before they go to disk as one sorted file."""
+MEMTABLES_BYTES = 192 * MEBIBYTE
+"""Of all stores that share a ``StoreMemory``: beyond it the largest memtable is flushed early, never a writer stopped."""
 BLOOM_BITS = 10
 """A new user costs one in a hundred a read of a block in vain; without, every one."""
 
@@ -38,10 +51,13 @@ _PROGRESS = struct.Struct("<qQ")
 
 
 class UserStore(Protocol):
-    """Users' rows of one partition. One writer; reading never writes. Rows are (n, row_bytes) uint8."""
+    """Users' rows of one partition. One writer; reading never writes. Rows are (n, row_bytes) uint8.
+
+    After ``close`` every other call raises StoreClosed.
+    """
 
     def get_many(self, users: Sequence[bytes]) -> tuple[Slab, NDArray[np.bool_]]:
-        """(rows, found): a fresh slab with one row per id, zeros where ``found`` is False."""
+        """(rows, found): a fresh, writable slab with one row per id, zeros where ``found`` is False."""
 
     def write_batch(self, users: Sequence[bytes], rows: Slab, *, offset: int, meta_version: int) -> None:
         """Puts the rows, the last source offset they cover and the meta version, all or nothing."""
@@ -55,8 +71,11 @@ class UserStore(Protocol):
     def iterate(self) -> Iterator[tuple[bytes, NDArray[np.uint8]]]:
         """Every user's id and row, in order of the id's bytes, as they stood when the walk began."""
 
+    def approximate_count(self) -> int:
+        """How many users there are; RocksDB may count one again for each row not yet merged with its older self."""
+
     def close(self) -> None:
-        """Releases every handle; closing twice does nothing more."""
+        """Releases every handle, those of unfinished walks too; closing twice does nothing more."""
 
 
 class MemoryUserStore:
@@ -64,33 +83,65 @@ class MemoryUserStore:
 
     def __init__(self, layout: RowLayout) -> None:
         self._row_bytes = layout.row_bytes
-        self._rows: dict[bytes, bytes] = {}
+        self._rows: dict[bytes, bytes] | None = {}
         self._progress: tuple[int, int] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def get_many(self, users: Sequence[bytes]) -> tuple[Slab, NDArray[np.bool_]]:
         """See ``UserStore``."""
-        return _slab([self._rows.get(user) for user in users], self._row_bytes)
+        return _slab(list(map(self._held().get, users)), self._row_bytes)
 
     def write_batch(self, users: Sequence[bytes], rows: Slab, *, offset: int, meta_version: int) -> None:
         """See ``UserStore``."""
-        self._rows.update(zip(users, _bytes_of(rows, self._row_bytes), strict=True))
+        self._held().update(zip(users, _bytes_of(rows, self._row_bytes), strict=True))
         self._progress = (offset, meta_version)
 
     def offset(self) -> int | None:
         """See ``UserStore``."""
+        self._held()
         return None if self._progress is None else self._progress[0]
 
     def meta_version(self) -> int | None:
         """See ``UserStore``."""
+        self._held()
         return None if self._progress is None else self._progress[1]
 
     def iterate(self) -> Iterator[tuple[bytes, NDArray[np.uint8]]]:
         """See ``UserStore``."""
-        for user, row in sorted(self._rows.items()):
-            yield user, np.frombuffer(row, np.uint8)
+        return self._walk(sorted(self._held().items()))
+
+    def approximate_count(self) -> int:
+        """See ``UserStore``; exact here."""
+        return len(self._held())
 
     def close(self) -> None:
-        """Nothing to release."""
+        """See ``UserStore``; the rows are gone."""
+        self._rows = None
+
+    def _walk(self, rows: list[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, NDArray[np.uint8]]]:
+        for user, row in rows:
+            self._held()
+            yield user, np.frombuffer(row, np.uint8)
+
+    def _held(self) -> dict[bytes, bytes]:
+        if self._rows is None:
+            raise StoreClosed("the store in memory is closed: make another")
+        return self._rows
+
+
+class StoreMemory:
+    """RocksDB's memory, shared by all stores that are given it: a worker's footprint then knows no partitions."""
+
+    def __init__(self, cache_bytes: int = BLOCK_CACHE_BYTES, memtables_bytes: int = MEMTABLES_BYTES) -> None:
+        self.cache = Cache(cache_bytes)
+        self.memtables = WriteBufferManager(memtables_bytes, False)
 
 
 class RocksUserStore:
@@ -99,10 +150,11 @@ class RocksUserStore:
     Raises StoreLocked, StoreMismatch, StoreUnreadable when it cannot be opened for these rows.
     """
 
-    def __init__(self, path: Path, layout: RowLayout) -> None:
+    def __init__(self, path: Path, layout: RowLayout, memory: StoreMemory | None = None) -> None:
         self.path = path
         self._row_bytes = layout.row_bytes
-        self._db: Rdict | None = _open(path)
+        self._walks: weakref.WeakSet[_Walk] = weakref.WeakSet()
+        self._db: Rdict | None = _open(path, memory or StoreMemory())
         try:
             self._claim(layout)
         except BaseException:
@@ -119,17 +171,18 @@ class RocksUserStore:
 
     def get_many(self, users: Sequence[bytes]) -> tuple[Slab, NDArray[np.bool_]]:
         """See ``UserStore``."""
-        values = self._open_db().get([_USER + user for user in users]) if users else []
-        return _slab(values, self._row_bytes)
+        db = self._open_db()
+        return _slab(db.get([_USER + user for user in users]) if users else [], self._row_bytes)
 
     def write_batch(self, users: Sequence[bytes], rows: Slab, *, offset: int, meta_version: int) -> None:
         """See ``UserStore``. Rows are put in order of their keys: RocksDB inserts them a third faster."""
-        batch = WriteBatch(raw_mode=True)
+        db, batch = self._open_db(), WriteBatch(raw_mode=True)
         put = batch.put
-        for user, row in sorted(zip(users, _bytes_of(rows, self._row_bytes), strict=True)):
-            put(_USER + user, row)
+        order = np.argsort(np.array(users, "S32"))  # the first 32 bytes: a long id costs no more
+        for k, row in zip(order.tolist(), _bytes_of(rows[order], self._row_bytes), strict=True):
+            put(_USER + users[k], row)
         put(_PROGRESS_KEY, _PROGRESS.pack(offset, meta_version))
-        self._open_db().write(batch)
+        db.write(batch)
 
     def offset(self) -> int | None:
         """See ``UserStore``."""
@@ -142,22 +195,30 @@ class RocksUserStore:
         return None if progress is None else progress[1]
 
     def iterate(self) -> Iterator[tuple[bytes, NDArray[np.uint8]]]:
-        """See ``UserStore``. The walk must end, or its generator be closed, before ``close``."""
+        """See ``UserStore``."""
         options = ReadOptions()
         options.set_iterate_lower_bound(_USER)
         options.set_iterate_upper_bound(bytes([_USER[0] + 1]))
-        for key, row in self._open_db().items(read_opt=options):
-            yield key[len(_USER) :], np.frombuffer(row, np.uint8)
+        walk = _Walk(self.path, self._open_db().items(read_opt=options))
+        self._walks.add(walk)
+        return walk
+
+    def approximate_count(self) -> int:
+        """See ``UserStore``."""
+        own = sum(self._open_db().get(key) is not None for key in (_PROGRESS_KEY, _LAYOUT_KEY))
+        return max(int(self._open_db().property_int_value("rocksdb.estimate-num-keys") or 0) - own, 0)
 
     def close(self) -> None:
-        """See ``UserStore``."""
+        """See ``UserStore``. RocksDB keeps its lock while an iterator lives, so walks end first."""
+        for walk in list(self._walks):
+            walk.close()
         if self._db is not None:
             self._db.close()
             self._db = None
 
     def _open_db(self) -> Rdict:
         if self._db is None:
-            raise StoreUnreadable(f"the store {self.path} is closed: open it again")
+            raise StoreClosed(f"the store {self.path} is closed: open it again")
         return self._db
 
     def _progress(self) -> tuple[int, int] | None:
@@ -176,15 +237,36 @@ class RocksUserStore:
             )
 
 
-def _open(path: Path) -> Rdict:
+class _Walk:
+    """An iterator over a store's rows that the store can end."""
+
+    def __init__(self, path: Path, items: RdictItems) -> None:
+        self._path = path
+        self._items: RdictItems | None = items
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[bytes, NDArray[np.uint8]]:
+        if self._items is None:
+            raise StoreClosed(f"the store {self._path} was closed during a walk over its rows: open it and walk again")
+        key, row = next(self._items)
+        return key[len(_USER) :], np.frombuffer(row, np.uint8)
+
+    def close(self) -> None:
+        self._items = None
+
+
+def _open(path: Path, memory: StoreMemory) -> Rdict:
     options = Options(raw_mode=True)
     options.create_if_missing(True)
-    options.set_write_buffer_size(WRITE_BUFFER_BYTES)
-    options.set_max_write_buffer_number(WRITE_BUFFERS)
+    options.set_write_buffer_size(MEMTABLE_BYTES)
+    options.set_max_write_buffer_number(3)  # one fills while two wait for the disk; with fewer, bursts stall
+    options.set_write_buffer_manager(memory.memtables)
     options.set_compression_type(DBCompressionType.none())  # floats barely compress
     options.set_max_background_jobs(2)
     table = BlockBasedOptions()
-    table.set_block_cache(Cache(BLOCK_CACHE_BYTES))
+    table.set_block_cache(memory.cache)
     table.set_bloom_filter(BLOOM_BITS, False)
     options.set_block_based_table_factory(table)
     try:
@@ -195,7 +277,8 @@ def _open(path: Path) -> Rdict:
     except Exception as error:  # rocksdict raises bare Exception for everything RocksDB says
         if "lock" in str(error).lower():
             raise StoreLocked(
-                f"the store {path} is open in another process: stop that one, or give another directory ({error})"
+                f"the store {path} is open already, here or in another process: close that one first, "
+                f"or give another directory ({error})"
             ) from error
         raise StoreUnreadable(f"the store {path} cannot be opened: {error}") from error
 
@@ -203,13 +286,13 @@ def _open(path: Path) -> Rdict:
 def _slab(values: Sequence[bytes | None], row_bytes: int) -> tuple[Slab, NDArray[np.bool_]]:
     found = np.fromiter((value is not None for value in values), np.bool_, len(values))
     slab = np.zeros((len(values), row_bytes), np.uint8)
-    if found.any():
-        joined = b"".join(value for value in values if value is not None)
-        slab[found] = np.frombuffer(joined, np.uint8).reshape(-1, row_bytes)
+    held = b"".join(value for value in values if value is not None)
+    slab[slice(None) if found.all() else found] = np.frombuffer(held, np.uint8).reshape(-1, row_bytes)
     return slab, found
 
 
 def _bytes_of(rows: Slab, row_bytes: int) -> list[bytes]:
     if rows.shape[1:] != (row_bytes,):
         raise ValueError(f"rows have shape {rows.shape}, this store holds rows of {row_bytes} bytes")
-    return np.ascontiguousarray(rows).view(f"V{row_bytes}").ravel().tolist()
+    values: list[bytes] = np.ascontiguousarray(rows).view(f"V{row_bytes}").ravel().tolist()
+    return values

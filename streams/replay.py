@@ -103,18 +103,21 @@ class _Recorder:
         self.probability.append(probability)
 
     def scored(self, baselines: dict[str, NDArray[np.float32]], scored_users: frozenset[str]) -> ScoredStream:
+        """The events of ``scored_users``; ``baselines`` has a prediction for every event."""
         user = np.concatenate(self.user)
-        index = event_index(user)
         keep = np.fromiter((u in scored_users for u in self.users), np.bool_, len(self.users))[user]
-
-        def column(name: str) -> NDArray[np.generic]:
-            return np.concatenate([getattr(b, name) for b in self.batches])[keep]
-
         return ScoredStream(
-            tuple(self.users), tuple(self.items), user[keep], np.concatenate(self.item)[keep],
-            column("event_time_ms"), column("offset"), column("label"), index[keep],
-            np.concatenate(self.probability)[keep], {name: p[keep] for name, p in baselines.items()},
-        )  # type: ignore[arg-type]  # fmt: skip
+            tuple(self.users),
+            tuple(self.items),
+            user[keep],
+            np.concatenate(self.item)[keep],
+            np.concatenate([b.event_time_ms for b in self.batches])[keep],
+            np.concatenate([b.offset for b in self.batches])[keep],
+            np.concatenate([b.label for b in self.batches])[keep],
+            event_index(user)[keep],
+            np.concatenate(self.probability)[keep],
+            {name: p[keep] for name, p in baselines.items()},
+        )
 
 
 class Backtest:

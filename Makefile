@@ -24,9 +24,17 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 .PHONY: demo
-demo: $(READY) ## Generate a stream with a known truth, learn from it and report
+demo: $(READY) ## Generate a stream with a known truth, learn from it, stream its new users and report
 	$(BIN)/coldstream generate --out $(DEMO) --overwrite
-	$(BIN)/coldstream backtest --config $(DEMO)/config.yaml --report $(DEMO)/report.html
+	rm -rf $(DEMO)/state
+	$(BIN)/coldstream backtest --config $(DEMO)/config.yaml --baselines --state $(DEMO)/state \
+	  --save-model $(DEMO)/model --json $(DEMO)/result.json --predictions $(DEMO)/predictions.parquet \
+	  --report $(DEMO)/report.html
+	@echo
+	@echo "Open $(DEMO)/report.html in a browser."
+	@echo "Next: query a user: $(BIN)/coldstream query u1500 --state $(DEMO)/state"
+	@echo "      run it on your own file, see 'Your own data' in README.md; it takes ten lines of YAML."
+	@echo "      $(BIN)/coldstream backtest --model $(DEMO)/model --config $(DEMO)/config.yaml streams again without training."
 
 .PHONY: test
 test: lint types unit ## Everything CI checks: lint, types, import rules, tests

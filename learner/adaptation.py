@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from learner.kernel import DIAGONAL, FIRST_WORD, FULL, GRADIENT, Columns, Constants, Items, compile_walk, walk
+from learner import kernel
 from learner.serving import FirstFilter, ItemTable, SecondFilter
 from learner.user_state import RowLayout, Slab
 
-_KIND = {"full": FULL, "diagonal": DIAGONAL, "gradient": GRADIENT}
+_KIND = {"full": kernel.FULL, "diagonal": kernel.DIAGONAL, "gradient": kernel.GRADIENT}
 _NOTHING = np.zeros(0, np.float32)
 _Outputs = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]
 """logit, probability, applied"""
@@ -58,8 +58,9 @@ class EventColumns:
 
 
 _NO_EVENTS = EventColumns(
-    *(np.zeros(0, t) for t in (np.int32, np.int32, np.int8, np.int32, np.int64, np.int64, np.int64, np.uint64))
-)
+    np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int8), np.zeros(0, np.int32), np.zeros(0, np.int64),
+    np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.uint64),
+)  # fmt: skip
 
 
 class Adapted(NamedTuple):
@@ -88,7 +89,7 @@ class Adaptation:
             raise ValueError(f"the rows are {layout.fingerprint}, but the model needs {wanted.fingerprint}")
         self.layout = layout
         self._constants = _constants(layout, first, second)
-        compile_walk(*_arguments(_NO_EVENTS, _no_items(layout), np.zeros((0, layout.row_bytes), np.uint8),
+        kernel.compile_walk(*_arguments(_NO_EVENTS, _no_items(layout), np.zeros((0, layout.row_bytes), np.uint8),
                                  self._constants, True, _outputs(0)))  # fmt: skip
 
     def learn(self, slab: Slab, events: EventColumns, items: ItemTable) -> Adapted:
@@ -100,9 +101,9 @@ class Adaptation:
         return self._run(slab, events, items, False)
 
     def _run(self, slab: Slab, events: EventColumns, items: ItemTable, learn: bool) -> Adapted:
-        _check(slab, events, items, self.layout, len(self._constants.target) - 1)
+        _check(slab, events, items, self.layout, len(self._constants.first.target) - 1)
         outputs = _outputs(len(events))
-        guarded = walk(*_arguments(events, items, slab, self._constants, learn, outputs))
+        guarded = kernel.walk(*_arguments(events, items, slab, self._constants, learn, outputs))
         return Adapted(*outputs, guarded)
 
 
@@ -111,44 +112,35 @@ def _no_items(layout: RowLayout) -> ItemTable:
     return ItemTable(np.zeros((0, layout.dim), np.float32), _NOTHING, second)
 
 
-def _constants(layout: RowLayout, first: FirstFilter, second: SecondFilter | None) -> Constants:
+def _constants(layout: RowLayout, first: FirstFilter, second: SecondFilter | None) -> kernel.Constants:
     if second is None:
         second = SecondFilter(_NOTHING, _NOTHING, 0.0, _NOTHING, 0.0)
-    constants = Constants(
-        kind=_KIND[first.kind],
-        lanes=(0,) * first.dim,
-        second_lanes=(0,) * second.dim,
-        kappa=np.float32(first.kappa),
-        drift=_read_only(first.drift, np.float32),
-        rate=_read_only(first.rate, np.float32),
-        tau=float(first.tau),
-        alpha=float(first.alpha),
-        target=_read_only(first.target, np.float32),
-        weight=_read_only(first.weight, np.float32),
-        second_at=FIRST_WORD + first.dim + layout.covariance_width,
-        second_kappa=np.float32(second.kappa),
-        second_drift=_read_only(second.drift, np.float32),
-        second_weight=np.float32(second.weight),
-        ring_at=layout.row_bytes // 8 - layout.ring,
-        ring=layout.ring,
-    )
-    for name, value in constants._asdict().items():
+    kernel_first = kernel.First(
+        _KIND[first.kind], (0,) * first.dim, np.float32(first.kappa), _read_only(first.drift, np.float32),
+        _read_only(first.rate, np.float32), float(first.tau), float(first.alpha),
+        _read_only(first.target, np.float32), _read_only(first.weight, np.float32),
+    )  # fmt: skip
+    kernel_second = kernel.Second(
+        (0,) * second.dim, kernel.FIRST_WORD + first.dim + layout.covariance_width, np.float32(second.kappa),
+        _read_only(second.drift, np.float32), np.float32(second.weight),
+    )  # fmt: skip
+    for name, value in (*kernel_first._asdict().items(), *kernel_second._asdict().items()):
         if not np.isfinite(value).all():
             raise ValueError(f"the model's {name} is not finite: it cannot serve; train it again")
-    return constants
+    return kernel.Constants(kernel_first, kernel_second, layout.row_bytes // 8 - layout.ring, layout.ring)
 
 
 def _arguments(
-    events: EventColumns, items: ItemTable, slab: Slab, constants: Constants, learn: bool, outputs: _Outputs
+    events: EventColumns, items: ItemTable, slab: Slab, constants: kernel.Constants, learn: bool, outputs: _Outputs
 ) -> tuple[Any, ...]:
     """What ``walk`` takes. Inputs go in read-only, whatever they are: numba compiles the two kinds apart."""
-    columns = Columns(
+    columns = kernel.Columns(
         _read_only(events.slot, np.int32), _read_only(events.item, np.int32), _read_only(events.label, np.int8),
         _read_only(events.grade, np.int32), _read_only(events.event_time_ms, np.int64),
         _read_only(events.offset, np.int64), _read_only(events.item_row, np.int64),
         _read_only(events.item_hash, np.uint64),
     )  # fmt: skip
-    table = Items(*(_read_only(a, np.float32) for a in (items.psi, items.base, items.second_psi)))
+    table = kernel.Items(*(_read_only(a, np.float32) for a in (items.psi, items.base, items.second_psi)))
     return slab.view(np.float32), slab.view(np.int64), columns, table, constants, learn, *outputs
 
 

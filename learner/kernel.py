@@ -16,10 +16,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.core import cgutils
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
@@ -37,6 +36,8 @@ FIRST_WORD = HEADER_BYTES // 4
 _EVENTS, _LAST_OFFSET, _FIRST_TIME, _LAST_TIME, _LEDGER, _GUARDED = 1, 2, 3, 4, 5, 7
 """Header fields in 8-byte words; the low half of _GUARDED counts, its high half is reserved."""
 _HOUR_MS = 3_600_000
+_VECTORIZER = "SLP_VECTORIZE"
+"""numba's switch for LLVM's vectorizer of straight-line code (environment: NUMBA_SLP_VECTORIZE)"""
 
 
 class Columns(NamedTuple):
@@ -60,14 +61,12 @@ class Items(NamedTuple):
     second_psi: Any
 
 
-class Constants(NamedTuple):
-    """Both filters (``learner.serving``) and where a row has them."""
+class First(NamedTuple):
+    """``learner.serving.FirstFilter``, without the start."""
 
     kind: int
     lanes: tuple[int, ...]
     """d entries; only the length counts"""
-    second_lanes: tuple[int, ...]
-    """e entries"""
     kappa: Any
     drift: Any
     rate: Any
@@ -75,50 +74,67 @@ class Constants(NamedTuple):
     alpha: float
     target: Any
     weight: Any
-    second_at: int
-    """Where the second filter starts, in 4-byte words"""
-    second_kappa: Any
-    second_drift: Any
-    second_weight: Any
+
+
+class Second(NamedTuple):
+    """``learner.serving.SecondFilter``, without the start."""
+
+    lanes: tuple[int, ...]
+    """e entries"""
+    at: int
+    """Where it starts in a row, in 4-byte words"""
+    kappa: Any
+    drift: Any
+    weight: Any
+
+
+class Constants(NamedTuple):
+    """What the walk takes of a model and its rows' layout."""
+
+    first: First
+    second: Second
     ring_at: int
-    """Where the ring starts, in 8-byte words"""
+    """Where the ring starts in a row, in 8-byte words"""
     ring: int
 
 
-_inlined = njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
+_compiled: Any = njit(cache=True, nogil=True, error_model="numpy")
+_inlined: Any = njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _stack(typing_context: Any, rows: Any, columns: Any) -> Any:
+def _stack_block(typing_context: Any, rows: Any, columns: Any) -> Any:
     """Pointer to len(rows)·len(columns) floats in the caller's stack frame; both are tuples."""
     count = max(rows.count * columns.count, 1)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        block = cgutils.alloca_once(builder, ir.ArrayType(ir.FloatType(), count))
+        block = cgutils.alloca_once(builder, ir.ArrayType(ir.FloatType(), count))  # type: ignore[no-untyped-call]
         block.align = 64
         return builder.bitcast(block, ir.FloatType().as_pointer())
 
-    return types.CPointer(types.float32)(rows, columns), generate
+    return types.CPointer(types.float32)(rows, columns), generate  # type: ignore[no-untyped-call]
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _at(typing_context: Any, array: Any, index: Any) -> Any:
+def _pointer_into(typing_context: Any, array: Any, index: Any) -> Any:
     """Pointer to element ``index`` of a C-contiguous array, counted flat. The array must outlive it."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        data = make_array(signature.args[0])(context, builder, arguments[0]).data
+        data = make_array(signature.args[0])(context, builder, arguments[0]).data  # type: ignore[no-untyped-call]
         return builder.gep(data, [arguments[1]])
 
-    return types.CPointer(array.dtype)(array, types.intp), generate
+    return types.CPointer(array.dtype)(array, types.intp), generate  # type: ignore[no-untyped-call]
 
 
-@_inlined  # type: ignore[untyped-decorator]
+_stack: Any = intrinsic(_stack_block)
+_at: Any = intrinsic(_pointer_into)
+
+
+@_inlined
 def _sigmoid(z):  # type: ignore[no-untyped-def]
     """In double precision, rounded once: its bits then hardly hang on how a C library rounds."""
     return np.float32(1.0 / (1.0 + math.exp(-np.float64(z))))
 
 
-@_inlined  # type: ignore[untyped-decorator]
+@_inlined
 def _dot(a, b, lanes):  # type: ignore[no-untyped-def]
     total = np.float32(0)
     for i in range(len(lanes)):
@@ -126,7 +142,7 @@ def _dot(a, b, lanes):  # type: ignore[no-untyped-def]
     return total
 
 
-@_inlined  # type: ignore[untyped-decorator]
+@_inlined
 def _full_gain(m, x, lanes, S, gain):  # type: ignore[no-untyped-def]
     """Unpacks the covariance after the mean ``m`` into S (d, d); gain = Sx, in column order; returns v = x'Sx ≥ 0.
 
@@ -151,7 +167,7 @@ def _full_gain(m, x, lanes, S, gain):  # type: ignore[no-untyped-def]
     return np.float32(0) if v < np.float32(0) else v
 
 
-@_inlined  # type: ignore[untyped-decorator]
+@_inlined
 def _full_update(m, lanes, S, gain, step, shrink, drift):  # type: ignore[no-untyped-def]
     """m += step·gain; S += diag(drift) − shrink·gain·gain', packed back behind ``m``.
 
@@ -169,7 +185,7 @@ def _full_update(m, lanes, S, gain, step, shrink, drift):  # type: ignore[no-unt
         k += i + 1
 
 
-@_inlined  # type: ignore[untyped-decorator]
+@_inlined
 def _sound(m, lanes, gain, z, v, step, shrink):  # type: ignore[no-untyped-def]
     """Whether the update leaves every number finite and within LIMIT; NaN compares false."""
     limit = np.float32(LIMIT)
@@ -180,7 +196,7 @@ def _sound(m, lanes, gain, z, v, step, shrink):  # type: ignore[no-untyped-def]
     return sound
 
 
-@_inlined  # type: ignore[untyped-decorator]
+@_inlined
 def _kalman_step(raw, v, kappa, y, r):  # type: ignore[no-untyped-def]
     """z, σ(z), and step and shrink of the update m += step·Sψ, S −= shrink·(Sψ)(Sψ)'."""
     one = np.float32(1)
@@ -191,7 +207,7 @@ def _kalman_step(raw, v, kappa, y, r):  # type: ignore[no-untyped-def]
     return z, p, r * (y - p) * k, w * k
 
 
-@_inlined  # type: ignore[untyped-decorator]
+@_inlined
 def _first_filter(kind, m, x, lanes, raw, y, r, kappa, rate, decay, S, gain):  # type: ignore[no-untyped-def]
     """Fills gain (and S); returns z, σ(z), step, shrink and whether the update may be made."""
     d, v = len(lanes), np.float32(0)
@@ -212,7 +228,7 @@ def _first_filter(kind, m, x, lanes, raw, y, r, kappa, rate, decay, S, gain):  #
     return z, p, step, shrink, _sound(m, lanes, gain, z, v, step, shrink)
 
 
-@_inlined  # type: ignore[untyped-decorator]
+@_inlined
 def _update_first(kind, m, lanes, S, gain, step, shrink, drift):  # type: ignore[no-untyped-def]
     d = len(lanes)
     if kind == FULL:
@@ -225,7 +241,7 @@ def _update_first(kind, m, lanes, S, gain, step, shrink, drift):  # type: ignore
             m[d + j] += drift[j] - shrink * gain[j] * gain[j]
 
 
-@_inlined  # type: ignore[untyped-decorator]
+@_inlined
 def _log_event(row, offset, hashed, label, kept_grade, time, ring_at, ring):  # type: ignore[no-untyped-def]
     """Writes one event into header, ledger and ring; ``row`` is in 8-byte words."""
     count = row[_EVENTS]
@@ -242,7 +258,7 @@ def _log_event(row, offset, hashed, label, kept_grade, time, ring_at, ring):  # 
         row[place] = np.int64(hashed >> np.uint64(24) << np.uint64(24) | low)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@_compiled
 def walk(floats, words, events, items, c, learn, logit, probability, applied):  # type: ignore[no-untyped-def]
     """Predicts N events and, if ``learn``, lets their rows learn them; returns how many updates were refused.
 
@@ -250,7 +266,8 @@ def walk(floats, words, events, items, c, learn, logit, probability, applied):  
     """
     slots, item_codes, labels, grades, times, offsets, item_rows, item_hashes = events
     psi, bases, second_psi = items
-    kind, lanes, lanes2, kappa, drift, rate, tau, alpha, targets, weights, at2, kappa2, drift2, weight2, ring_at, ring = c
+    kind, lanes, kappa, drift, rate, tau, alpha, targets, weights = c.first
+    lanes2, at2, kappa2, drift2, weight2 = c.second
     d, e, no_grade = len(lanes), len(lanes2), len(targets) - 1
     drift, rate, drift2 = _at(drift, 0), _at(rate, 0), _at(drift2, 0)
     gain, S = _stack(lanes, (0,)), _stack(lanes, lanes)
@@ -270,7 +287,8 @@ def walk(floats, words, events, items, c, learn, logit, probability, applied):  
 
         x, m = _at(psi, i * d), _at(floats, slots[n] * floats.shape[1] + FIRST_WORD)
         raw = bases[i] + _dot(m, x, lanes)
-        z, p, step, shrink, sound = _first_filter(kind, m, x, lanes, raw, y, weights[grade], kappa, rate, decay, S, gain)
+        r = weights[grade]
+        z, p, step, shrink, sound = _first_filter(kind, m, x, lanes, raw, y, r, kappa, rate, decay, S, gain)
         m2 = _at(floats, slots[n] * floats.shape[1] + at2)
         if e > 0:
             x2[0], x2[1] = np.float32(1), z * np.float32(0.5)
@@ -293,7 +311,7 @@ def walk(floats, words, events, items, c, learn, logit, probability, applied):  
         else:
             row[_GUARDED] += 1
         kept_grade = NO_GRADE if grade == no_grade else grade
-        _log_event(row, offsets[n], item_hashes[item], labels[n], kept_grade, times[n], ring_at, ring)
+        _log_event(row, offsets[n], item_hashes[item], labels[n], kept_grade, times[n], c.ring_at, c.ring)
         applied[n] = True
     return guarded
 
@@ -301,9 +319,9 @@ def walk(floats, words, events, items, c, learn, logit, probability, applied):  
 def compile_walk(*arguments: Any) -> None:
     """Compiles ``walk`` for these arguments, or loads it from the cache, by calling it: give it no events."""
     with global_compiler_lock:
-        before = numba.config.SLP_VECTORIZE
-        numba.config.SLP_VECTORIZE = 1
+        before = getattr(config, _VECTORIZER)
+        setattr(config, _VECTORIZER, 1)
         try:
             walk(*arguments)
         finally:
-            numba.config.SLP_VECTORIZE = before
+            setattr(config, _VECTORIZER, before)

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,6 @@ from rocksdict import (
     DBCompressionType,
     Options,
     Rdict,
-    RdictItems,
     ReadOptions,
     WriteBatch,
     WriteBufferManager,
@@ -41,13 +40,20 @@ filter blocks of a million users fit into this."""
 MEMTABLE_BYTES = 64 * MEBIBYTE
 """Rows of one store that are gathered before they go to disk as one sorted file."""
 MEMTABLES_BYTES = 192 * MEBIBYTE
-"""Of all stores that share a ``StoreMemory``: beyond it the largest memtable is flushed early, never a writer stopped."""
+"""Of all stores that share a ``StoreMemory``: beyond it the largest memtable is flushed early, and no writer waits."""
 BLOOM_BITS = 10
 """A new user costs one in a hundred a read of a block in vain; without, every one."""
 
 _USER, _OWN = b"u", b"m"
-_PROGRESS_KEY, _LAYOUT_KEY = _OWN + b"progress", _OWN + b"layout"
+_PROGRESS_KEY = _OWN + b"progress"
+LAYOUT_KEY = _OWN + b"layout"
+"""Holds the fingerprint of the rows' layout."""
 _PROGRESS = struct.Struct("<qQ")
+
+
+def user_key(user: bytes) -> bytes:
+    """Where a user's row lies in the database."""
+    return _USER + user
 
 
 class UserStore(Protocol):
@@ -171,8 +177,8 @@ class RocksUserStore:
 
     def get_many(self, users: Sequence[bytes]) -> tuple[Slab, NDArray[np.bool_]]:
         """See ``UserStore``."""
-        db = self._open_db()
-        return _slab(db.get([_USER + user for user in users]) if users else [], self._row_bytes)
+        values: Any = self._open_db().get([_USER + user for user in users])
+        return _slab(values, self._row_bytes)
 
     def write_batch(self, users: Sequence[bytes], rows: Slab, *, offset: int, meta_version: int) -> None:
         """See ``UserStore``. Rows are put in order of their keys: RocksDB inserts them a third faster."""
@@ -199,13 +205,14 @@ class RocksUserStore:
         options = ReadOptions()
         options.set_iterate_lower_bound(_USER)
         options.set_iterate_upper_bound(bytes([_USER[0] + 1]))
-        walk = _Walk(self.path, self._open_db().items(read_opt=options))
+        items: Any = self._open_db().items(read_opt=options)
+        walk = _Walk(self.path, items)
         self._walks.add(walk)
         return walk
 
     def approximate_count(self) -> int:
         """See ``UserStore``."""
-        own = sum(self._open_db().get(key) is not None for key in (_PROGRESS_KEY, _LAYOUT_KEY))
+        own = sum(self._open_db().get(key) is not None for key in (_PROGRESS_KEY, LAYOUT_KEY))
         return max(int(self._open_db().property_int_value("rocksdb.estimate-num-keys") or 0) - own, 0)
 
     def close(self) -> None:
@@ -227,9 +234,9 @@ class RocksUserStore:
 
     def _claim(self, layout: RowLayout) -> None:
         wanted = layout.fingerprint.encode()
-        held = self._open_db().get(_LAYOUT_KEY)
+        held = self._open_db().get(LAYOUT_KEY)
         if held is None:
-            self._open_db().put(_LAYOUT_KEY, wanted)
+            self._open_db().put(LAYOUT_KEY, wanted)
         elif held != wanted:
             raise StoreMismatch(
                 f"the store {self.path} holds rows of {held.decode()}, the model needs {layout.fingerprint}: "
@@ -240,9 +247,9 @@ class RocksUserStore:
 class _Walk:
     """An iterator over a store's rows that the store can end."""
 
-    def __init__(self, path: Path, items: RdictItems) -> None:
+    def __init__(self, path: Path, items: Iterator[tuple[bytes, bytes]]) -> None:
         self._path = path
-        self._items: RdictItems | None = items
+        self._items: Iterator[tuple[bytes, bytes]] | None = items
 
     def __iter__(self) -> Self:
         return self

@@ -11,7 +11,7 @@ import sys
 import typer
 
 from configs.exceptions import ColdstreamError, InvalidSettings
-from streams.commands import backtest, config, generate, train
+from streams.commands import backtest, config, generate, query, train
 
 EXIT_INTERRUPTED = 1
 EXIT_UNUSABLE = 2
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("backtest")(backtest.backtest)
+app.command("query")(query.query)
 app.command("generate")(generate.generate)
 app.add_typer(config.app, name="config")
 

@@ -81,6 +81,7 @@ def dataset_config(directory: Path, file_format: FileFormat, graded: bool) -> di
     if graded:
         events["value"] = {"field": "value"}
     return {
+        "extends": "demo",
         "data": {
             "format": "delimited" if file_format == "csv" else file_format,
             "paths": [str(directory / f"events.{file_format}")],

@@ -110,8 +110,8 @@ class Processor:
             users, slot = self._users(store, records, part)
             adapted = self._adaptation.learn(users.rows, _part(columns, part, slot), self.model.items)
             self._write(store, users, slot[adapted.applied], int(records.offset[part][-1]))
-            for whole, piece in zip(result, adapted, strict=False):
-                whole[part] = piece
+            result.logit[part], result.probability[part] = adapted.logit, adapted.probability
+            result.applied[part] = adapted.applied
             self.counts.events += len(slot)
             self.counts.skipped += len(slot) - int(adapted.applied.sum())
             self.counts.guarded += adapted.guarded

@@ -1,27 +1,12 @@
-"""What a run ran on: library versions and the machine, for reports that can be reproduced."""
+"""The machine a run ran on, in words, for reports that can be reproduced."""
 
 from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-LIBRARIES = ("coldstream", "numpy", "torch", "numba", "rocksdict", "pyarrow")
-"""Distributions whose version can change a result or a file."""
-
 GIBIBYTE = 1 << 30
-
-
-def library_versions() -> dict[str, str]:
-    """Python's version and that of every library of ``LIBRARIES``; one not installed is named so. Imports none."""
-    versions = {"python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
 
 
 def describe_machine() -> str:

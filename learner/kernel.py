@@ -238,7 +238,7 @@ def _update_first(kind, m, lanes, S, gain, step, shrink, drift):  # type: ignore
         m[j] += gain[j] * step
     if kind == DIAGONAL:
         for j in range(d):
-            m[d + j] += drift[j] - shrink * gain[j] * gain[j]
+            m[d + j] = m[d + j] + drift[j] - shrink * gain[j] * gain[j]
 
 
 @_inlined

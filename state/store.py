@@ -25,7 +25,6 @@ from rocksdict import (
     DBCompressionType,
     Options,
     Rdict,
-    ReadOptions,
     WriteBatch,
     WriteBufferManager,
 )
@@ -49,6 +48,8 @@ _PROGRESS_KEY = _OWN + b"progress"
 LAYOUT_KEY = _OWN + b"layout"
 """Holds the fingerprint of the rows' layout."""
 _PROGRESS = struct.Struct("<qQ")
+_LOCK_HELD = ("lock hold by current process", "While lock file")
+"""What RocksDB says when another handle has the lock: of this process, of another one."""
 
 
 def user_key(user: bytes) -> bytes:
@@ -106,7 +107,7 @@ class MemoryUserStore:
 
     def write_batch(self, users: Sequence[bytes], rows: Slab, *, offset: int, meta_version: int) -> None:
         """See ``UserStore``."""
-        self._held().update(zip(users, _bytes_of(rows, self._row_bytes), strict=True))
+        self._held().update(zip(users, _bytes_of(rows, len(users), self._row_bytes), strict=True))
         self._progress = (offset, meta_version)
 
     def offset(self) -> int | None:
@@ -184,9 +185,9 @@ class RocksUserStore:
         """See ``UserStore``. Rows are put in order of their keys: RocksDB inserts them a third faster."""
         db, batch = self._open_db(), WriteBatch(raw_mode=True)
         put = batch.put
-        order = np.argsort(np.array(users, "S32"))  # the first 32 bytes: a long id costs no more
-        for k, row in zip(order.tolist(), _bytes_of(rows[order], self._row_bytes), strict=True):
-            put(_USER + users[k], row)
+        values = _bytes_of(rows, len(users), self._row_bytes)
+        for k in sorted(range(len(users)), key=users.__getitem__):
+            put(_USER + users[k], values[k])
         put(_PROGRESS_KEY, _PROGRESS.pack(offset, meta_version))
         db.write(batch)
 
@@ -202,10 +203,7 @@ class RocksUserStore:
 
     def iterate(self) -> Iterator[tuple[bytes, NDArray[np.uint8]]]:
         """See ``UserStore``."""
-        options = ReadOptions()
-        options.set_iterate_lower_bound(_USER)
-        options.set_iterate_upper_bound(bytes([_USER[0] + 1]))
-        items: Any = self._open_db().items(read_opt=options)
+        items: Any = self._open_db().items(from_key=_USER)  # all own keys come before; rocksdict ignores a lower bound
         walk = _Walk(self.path, items)
         self._walks.add(walk)
         return walk
@@ -282,7 +280,7 @@ def _open(path: Path, memory: StoreMemory) -> Rdict:
     except OSError as error:
         raise StoreUnreadable(f"the store {path} cannot be opened: {error}; check the path and its rights") from error
     except Exception as error:  # rocksdict raises bare Exception for everything RocksDB says
-        if "lock" in str(error).lower():
+        if any(said in str(error) for said in _LOCK_HELD):
             raise StoreLocked(
                 f"the store {path} is open already, here or in another process: close that one first, "
                 f"or give another directory ({error})"
@@ -298,8 +296,8 @@ def _slab(values: Sequence[bytes | None], row_bytes: int) -> tuple[Slab, NDArray
     return slab, found
 
 
-def _bytes_of(rows: Slab, row_bytes: int) -> list[bytes]:
-    if rows.shape[1:] != (row_bytes,):
-        raise ValueError(f"rows have shape {rows.shape}, this store holds rows of {row_bytes} bytes")
+def _bytes_of(rows: Slab, users: int, row_bytes: int) -> list[bytes]:
+    if rows.shape != (users, row_bytes):
+        raise ValueError(f"{users} users and rows of shape {rows.shape}: this store holds rows of {row_bytes} bytes")
     values: list[bytes] = np.ascontiguousarray(rows).view(f"V{row_bytes}").ravel().tolist()
     return values

@@ -16,6 +16,7 @@ from learner.baselines.pooled import pooled_predictions
 from learner.baselines.problem import Float, Problem, build_problem
 from learner.features import Catalogue
 from learner.interactions import Interactions
+from learner.scan import scan_threads
 
 BASELINES = ("item_mean", "item_mean_user_bias", "pooled", "pooled_finetuned", "non_meta_same_head")
 
@@ -44,7 +45,7 @@ def run_baselines(
     tell = progress or (lambda _: None)
     problem = build_problem(offline, online, users, items)
     result: dict[str, Float] = {}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), scan_threads(None):
         if "item_mean" in names:
             result["item_mean"] = item_mean(problem)
         if "item_mean_user_bias" in names:

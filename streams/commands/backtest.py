@@ -15,7 +15,7 @@ from streams.replay import Backtest
 from streams.report import write_report
 from streams.results import BacktestResult, results_table
 
-TABLE_WIDTH = 140
+TABLE_WIDTH = 150
 """Columns of the table where the output is no terminal: it fits unfolded."""
 
 

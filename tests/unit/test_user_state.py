@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.models import first_filter, second_filter
 
 from learner.user_state import (
     LAYOUT_VERSION,
@@ -16,6 +15,7 @@ from learner.user_state import (
     recent_events,
     ring_item,
 )
+from tests.models import first_filter, second_filter
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_layouts_differ_in_their_fingerprints_when_their_bytes_do():
 
 
 def test_an_items_hash_is_the_same_in_every_process():
-    assert item_hash("i1") == 0xF5AF06AFA4BB0B79
+    assert item_hash("i1") == 0x0ACF11BAFF1E2AAE
 
 
 def test_the_ring_is_read_from_the_oldest_event_on():
@@ -134,11 +134,14 @@ def plain_ledger(ledger: int, offset: int, item: int, label: int, time_ms: int) 
     return mix(mix(ledger ^ item) ^ (time_ms << 1 & mask | label))
 
 
-@pytest.mark.parametrize("event", [(0, 0, 0, 0, 0), (5, 2**63 - 1, 2**64 - 1, 1, 2**62), (2**64 - 1, 7, 11, 1, 13)])
-def test_the_ledger_is_the_documented_chain(event):
+def ledger_of(event: list[int]) -> int:
     ledger, offset, item, label, time_ms = event
-    found = extend_ledger(np.uint64(ledger), np.int64(offset), np.uint64(item), np.int8(label), np.int64(time_ms))
-    assert int(found) == plain_ledger(*event)
+    return int(extend_ledger(np.uint64(ledger), np.int64(offset), np.uint64(item), np.int8(label), np.int64(time_ms)))
+
+
+@pytest.mark.parametrize("event", [[0, 0, 0, 0, 0], [5, 2**63 - 1, 2**64 - 1, 1, 2**62], [2**64 - 1, 7, 11, 1, 13]])
+def test_the_ledger_is_the_documented_chain(event):
+    assert ledger_of(event) == plain_ledger(*event)
 
 
 @pytest.mark.parametrize("place", range(5))
@@ -146,4 +149,4 @@ def test_the_ledger_changes_with_each_part_of_an_event(place):
     event = [3, 5, 7, 0, 11]
     other = list(event)
     other[place] += 1
-    assert plain_ledger(*event) != plain_ledger(*other)
+    assert ledger_of(event) != ledger_of(other)

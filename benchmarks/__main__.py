@@ -49,14 +49,14 @@ def main() -> None:
 
 def run_all(names: list[str], options: Options, console: Console) -> dict[str, list[Figure]]:
     """Runs some benchmarks in turn and shows each as soon as it is done; what cannot run says so in a line."""
-    console.print(describe_machine())
+    console.print(describe_machine(), soft_wrap=True)
     results: dict[str, list[Figure]] = {}
     for name in names:
         say(name)
         try:
             results[name] = list(BENCHMARKS[name](options))
         except Skipped as reason:
-            console.print(f"{name}: skipped, {reason}")
+            console.print(f"{name}: skipped, {reason}", soft_wrap=True)
             continue
         if results[name]:
             console.print(table(name, results[name]))

@@ -106,13 +106,13 @@ def standalone(name: str, benchmark: Benchmark, description: str | None, argv: S
     try:
         figures = list(benchmark(options))
     except Skipped as reason:
-        raise SystemExit(f"{name} {reason}") from None
+        raise SystemExit(f"{name}: skipped, {reason}") from None
     if arguments.json:
         print(json.dumps(as_dict({name: figures}, options.scale)))
     else:
         console = Console()
         console.print(table(name, figures))
-        console.print(describe_machine())
+        console.print(describe_machine(), soft_wrap=True)
 
 
 def _scale(text: str) -> float:

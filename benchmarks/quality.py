@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from benchmarks.command import Options, standalone
+from benchmarks.command import Options, Skipped, standalone
 from benchmarks.report import Figure
 from configs.settings import Settings
 from streams.replay import Backtest, RunProgress
@@ -48,11 +48,22 @@ ROWS = (
 
 
 def run(options: Options) -> Iterator[Figure]:
-    """Every row, with one backtest for each seed."""
-    for row in ROWS:
-        if options.wants(row.case):
-            results = [backtest(_settings(options, row, seed), row.baselines) for seed in options.seeds]
-            yield from figures(row, results, held_to_targets=options.target(1.0) is not None)
+    """Every row whose data is there, with one backtest for each seed. Raises Skipped when none is."""
+    missing: dict[str, Skipped] = {}
+    measured_any = False
+    for row in (row for row in ROWS if options.wants(row.case)):
+        try:
+            settings = [settings_of(options, row, seed) for seed in options.seeds]
+        except Skipped as reason:
+            missing.setdefault(row.dataset, reason)
+            continue
+        results = [backtest(each, row.baselines) for each in settings]
+        measured_any = True
+        yield from figures(row, results, held_to_targets=options.target(1.0) is not None)
+    for lacking in missing.values():
+        if not measured_any:
+            raise lacking
+        options.progress(f"skipped, {lacking}")
 
 
 def backtest(settings: Settings, baselines: bool) -> BacktestResult:
@@ -79,7 +90,8 @@ def measured(result: BacktestResult) -> dict[str, float]:
     }  # fmt: skip
 
 
-def _settings(options: Options, row: Row, seed: int) -> Settings:
+def settings_of(options: Options, row: Row, seed: int) -> Settings:
+    """The row's profile, data and overrides, at one seed of training."""
     return options.settings(
         row.profile, row.dataset, training__seed=seed, protocol__bootstrap_samples=0, **row.overrides
     )

@@ -51,7 +51,7 @@ def _decoding(options: Options, folder: Path) -> Iterator[Figure]:
         try:
             yield decoding("ratings.dat", options.dataset("ml-1m") / "ratings.dat")
         except Skipped as reason:
-            options.progress(f"ratings.dat {reason}")
+            options.progress(f"ratings.dat: skipped, {reason}")
 
 
 def decoding(case: str, path: Path) -> Figure:

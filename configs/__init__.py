@@ -1,0 +1,1 @@
+"""Settings: what a run needs, validated once."""

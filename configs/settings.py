@@ -185,7 +185,7 @@ class TrainingSettings(Section):
     weight_decay: float = Field(default=1e-3, ge=0)
     clip_norm: PositiveFloat = 5.0
     max_events_per_user: PositiveInt | None = None
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "cpu"
     threads: PositiveInt | None = None
     checkpoint_every: PositiveInt = 1

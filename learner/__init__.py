@@ -1,0 +1,1 @@
+"""The learner: arrays in, arrays out; no broker, no store, no HTTP."""

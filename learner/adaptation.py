@@ -159,6 +159,8 @@ def _check(slab: Slab, events: EventColumns, items: ItemTable, layout: RowLayout
     """The kernel checks no bounds, so indices are checked here. ValueError says which one is out of range."""
     if slab.ndim != 2 or slab.shape[1] != layout.row_bytes or not slab.flags.c_contiguous:
         raise ValueError(f"a slab is C-contiguous (n, {layout.row_bytes}), got {slab.shape}")
+    if not slab.flags.writeable:
+        raise ValueError("the slab is read-only, and the kernel writes past that flag: copy it first")
     if items.psi.shape[1] != layout.dim or items.second_psi.shape[1] != max(layout.second_dim - 2, 0):
         raise ValueError(f"the item table does not fit {layout.fingerprint}")
     for name, index, bound in (

@@ -5,7 +5,8 @@
                          parameters.*: every trainable tensor, the item posterior included, for later updates
 
 The fingerprint is the SHA-256 of the canonical manifest, which holds the SHA-256 of the tensors: any changed byte
-shows. ArtifactError names what differs.
+shows. Only the clock's readings (``wall_clock``) stand outside it, so that the same training gives the same
+fingerprint, interrupted or not. ArtifactError names what differs.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ from learner.serving import FirstFilter, FixedPart, SecondFilter, ServingModel
 FORMAT_VERSION = 1
 """Raised when a reader of the old layout would misread the new one."""
 MANIFEST, TENSORS = "manifest.json", "model.safetensors"
+WALL_CLOCK = "wall_clock"
+"""Part of the manifest outside the fingerprint."""
+_CLOCK_METRICS = frozenset({"train_s"})
+"""Metrics that a clock gave: they differ from run to run of the same training."""
 
 
 class ArtifactError(ColdstreamError):
@@ -86,10 +91,11 @@ def write_artifact(directory: Path, artifact: Artifact) -> str:
         "item_encoder": _encoder_to_json(artifact.fixed.item_encoder),
         "user_encoder": _encoder_to_json(artifact.fixed.user_encoder),
         "like_rate": list(artifact.like_rate),
-        "metrics": dict(artifact.metrics),
+        "metrics": {name: value for name, value in artifact.metrics.items() if name not in _CLOCK_METRICS},
     }
     fingerprint = _fingerprint(manifest)
-    text = json.dumps({"fingerprint": fingerprint, **manifest}, indent=1, ensure_ascii=False)
+    clock = {name: value for name, value in artifact.metrics.items() if name in _CLOCK_METRICS}
+    text = json.dumps({"fingerprint": fingerprint, **manifest, WALL_CLOCK: clock}, indent=1, ensure_ascii=False)
     partial = directory / (MANIFEST + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -124,7 +130,7 @@ def read_artifact(directory: Path) -> Artifact:
         training,
         _group(tensors, "parameters"),
         tuple(manifest["like_rate"]),
-        manifest["metrics"],
+        {**manifest["metrics"], **manifest[WALL_CLOCK]},
         manifest["fingerprint"],
         manifest["versions"],
     )  # fmt: skip
@@ -206,6 +212,7 @@ def _verified_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version, fingerprint = manifest["format_version"], manifest.pop("fingerprint")
+        clock = _checked_clock(manifest.pop(WALL_CLOCK, {}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged ({error}): restore it or train again") from error
     if version != FORMAT_VERSION:
@@ -215,12 +222,25 @@ def _verified_manifest(directory: Path) -> dict[str, Any]:
             f"({manifest.get('versions', {}).get('coldstream', 'unknown')})"
         )
     if _fingerprint(manifest) != fingerprint:
-        raise ArtifactError(f"{path} does not match its fingerprint {fingerprint[:12]}…: it was edited or damaged")
+        raise ArtifactError(
+            f"{path} does not match its fingerprint {fingerprint[:12]}…: it was edited or damaged; "
+            "restore it or train again"
+        )
     if not (directory / TENSORS).is_file():
-        raise ArtifactError(f"{directory / TENSORS} is missing: the copy is incomplete")
+        raise ArtifactError(f"{directory / TENSORS} is missing: the copy is incomplete; copy the whole directory")
     if _sha256(directory / TENSORS) != manifest["tensors_sha256"]:
-        raise ArtifactError(f"{directory / TENSORS} does not match its hash in {MANIFEST}: it is damaged or foreign")
-    return {"fingerprint": fingerprint, **manifest}
+        raise ArtifactError(
+            f"{directory / TENSORS} does not match its hash in {MANIFEST}: it is damaged or foreign; "
+            "restore it or train again"
+        )
+    return {"fingerprint": fingerprint, **manifest, WALL_CLOCK: clock}
+
+
+def _checked_clock(clock: dict[str, Any]) -> dict[str, float]:
+    """The one part that no hash covers. Raises ValueError when it is not what this module writes."""
+    if not set(clock) <= _CLOCK_METRICS:
+        raise ValueError(f"{WALL_CLOCK} holds {', '.join(sorted(clock))}")
+    return {name: float(value) for name, value in clock.items()}
 
 
 def _fingerprint(manifest: dict[str, Any]) -> str:

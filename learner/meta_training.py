@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from configs.exceptions import ColdstreamError
@@ -190,6 +190,8 @@ class MetaTrainer:
             due = self.epoch % self.training.checkpoint_every == 0 and self.epoch < self.training.epochs
             if checkpoints is not None and due:
                 self._save(checkpoints)
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+            raise self._diverged("left the finite numbers")
         self.model.eval()
 
     def run_epoch(self) -> float:
@@ -200,7 +202,10 @@ class MetaTrainer:
             torch.set_rng_state(self.noise)
             for users in self._batches():
                 batch = self.users.batch(users, self.training.max_events_per_user, self.device)
-                total += self.run_step(batch)
+                try:
+                    total += self.run_step(batch)
+                except ZeroDivisionError as error:  # of the compiled scans, where a variance has left the numbers
+                    raise self._diverged("divided by zero") from error
                 events += len(batch.item)
             self.noise = torch.get_rng_state()
         return total / events
@@ -214,10 +219,7 @@ class MetaTrainer:
         if learner.ordinal_auxiliary > 0 and len(self.model.spec.grades) > 1:
             loss = loss + learner.ordinal_auxiliary * self.model.ordinal_loss(batch, unrolled, self.redundant)
         if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the training loss became {loss.item()} in epoch {self.epoch + 1}: lower training.learning_rate "
-                f"(now {training.learning_rate}) or training.clip_norm (now {training.clip_norm})"
-            )
+            raise self._diverged(f"became {loss.item()}")
         self.optimizer.zero_grad()
         (loss / (training.users_per_batch * LOSS_SCALE)).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_norm)
@@ -225,6 +227,13 @@ class MetaTrainer:
         self.optimizer.step()
         self.step += 1
         return float(log_loss.detach())
+
+    def _diverged(self, how: str) -> TrainingError:
+        training = self.training
+        return TrainingError(
+            f"the training loss {how} in epoch {min(self.epoch + 1, training.epochs)}: lower training.learning_rate "
+            f"(now {training.learning_rate}) or training.clip_norm (now {training.clip_norm})"
+        )
 
     def _batches(self) -> Iterator[NDArray[np.int64]]:
         order = self.order.permutation(len(self.users))
@@ -339,8 +348,11 @@ def one_cycle(step: int, steps: int) -> tuple[float, float]:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["state"])  # type: ignore[no-any-return]
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["state"])  # type: ignore[no-any-return]
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise TrainingError(f"{path} cannot be read as a checkpoint ({error}): remove it to start afresh") from error
 
 
 def _parameter_groups(model: Recommender, training: TrainingSettings) -> list[dict[str, Any]]:
@@ -364,7 +376,7 @@ def _parameter_groups(model: Recommender, training: TrainingSettings) -> list[di
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # a device without storage has no item
     except (RuntimeError, AssertionError) as error:
         raise TrainingError(f"device {name!r} cannot be used here: {error}; use --device cpu") from error
     return device

@@ -173,13 +173,19 @@ class ServingModel:
         """Rows of ``items`` in use; the arrays may hold spare rows after them."""
         return self._count
 
-    def item_rows(self, item_ids: Sequence[str], event_features: Mapping[str, FeatureColumn]) -> NDArray[np.int64]:
-        """(len(item_ids),) rows into ``items``; unseen items with features are added, others share one row."""
+    def item_rows(
+        self, item_ids: Sequence[str], event_features: Mapping[str, FeatureColumn], *, settle: bool = True
+    ) -> NDArray[np.int64]:
+        """(len(item_ids),) rows into ``items``; unseen items with features are added, others share one row.
+
+        Unless ``settle`` is off, features count at an item's first sight only: what came without any stays so. An
+        item's row then hangs on its first event, not on which later events come in the same batch.
+        """
         get = self._rows.get
         rows = np.fromiter((get(i, -1) for i in item_ids), dtype=np.int64, count=len(item_ids))
         unseen = np.flatnonzero(rows < 0)
         if len(unseen):
-            rows[unseen] = self._add_items([item_ids[k] for k in unseen.tolist()], unseen, event_features)
+            rows[unseen] = self._add_items([item_ids[k] for k in unseen.tolist()], unseen, event_features, settle)
         return rows
 
     def initial_means(
@@ -199,16 +205,18 @@ class ServingModel:
         return nearest_grades(self.fixed.grades, value)
 
     def _add_items(
-        self, item_ids: list[str], positions: NDArray[np.int64], event_features: Mapping[str, FeatureColumn]
+        self,
+        item_ids: list[str],
+        positions: NDArray[np.int64],
+        event_features: Mapping[str, FeatureColumn],
+        settle: bool,
     ) -> list[int]:
         raw = raw_features(self.fixed.item_encoder.fields, self._items, item_ids, positions, event_features)
         rows = []
         for item, row in zip(item_ids, raw, strict=True):
-            if row is None or all(text is None for text in row):
-                rows.append(self._unknown)
-            else:
-                self._rows[item] = self._append(row)
-                rows.append(self._rows[item])
+            rows.append(self._unknown if row is None else self._append(row))
+            if settle or row is not None:
+                self._rows[item] = rows[-1]
         return rows
 
     def _append(self, raw: tuple[str | None, ...]) -> int:

@@ -1,0 +1,1 @@
+"""Users' state: rows on disk, and reading them."""

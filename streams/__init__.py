@@ -1,0 +1,1 @@
+"""The edge: sources, the stream path, backtests, reports, the command line."""

@@ -31,13 +31,21 @@ app.add_typer(config.app, name="config")
 
 
 def main() -> None:
-    """Runs the command; what a user can mend is one line, not a traceback."""
+    """Runs the command; what a user can mend is one line, not a traceback.
+
+    An OSError that reaches this place is the machine's word on a path or a disk, which the user can mend too.
+    """
     try:
         app()
     except ColdstreamError as error:
         problems = error.problems if isinstance(error, InvalidSettings) else (error,)
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
+        sys.exit(EXIT_UNUSABLE)
+    except OSError as error:
+        where = error.filename if error.filename is not None else "a file"
+        reason = error.strerror or type(error).__name__
+        print(f"error: {where}: {reason}; check the path, its rights and the space on its disk", file=sys.stderr)
         sys.exit(EXIT_UNUSABLE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

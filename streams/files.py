@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +45,7 @@ class SourceFile:
 
     path: Path
     kind: FileKind
-    layout: DelimitedLayout = DelimitedLayout()
+    layout: DelimitedLayout = dataclass_field(default_factory=DelimitedLayout)
 
     def check(self, fields: Sequence[MappedField]) -> None:
         """Raises UnknownColumn for the first required field that the file does not have."""

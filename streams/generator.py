@@ -102,7 +102,7 @@ def dataset_config(directory: Path, file_format: FileFormat, graded: bool) -> di
                     "quality": {"kind": "numeric"},
                 },
             },
-        }
+        },
     }
 
 

@@ -33,7 +33,7 @@ def prefetched(items: Iterator[T], depth: int) -> Generator[T, None, None]:
                 put(("item", item))
                 if stopped.is_set():
                     break
-        except BaseException as error:  # noqa: BLE001 - handed on to the reader, whatever it is
+        except BaseException as error:
             put(("error", error))
         finally:
             close = getattr(items, "close", None)

@@ -104,7 +104,7 @@ class Processor:
         """
         store, n = self.store(partition), len(records)
         result = Predictions(np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.bool_))
-        columns = self._columns(records)
+        columns = self._columns(records, settle=True)
         for first in range(0, n, self._commit_events):
             part = slice(first, first + self._commit_events)
             users, slot = self._users(store, records, part)
@@ -121,15 +121,15 @@ class Processor:
     def predict(self, partition: int, records: Interactions) -> Predictions:
         """Predicts each record from its user's row as it stands: no label is used and nothing is written."""
         users, slot = self._users(self.store(partition), records, slice(None))
-        columns = _part(self._columns(records), slice(None), slot)
+        columns = _part(self._columns(records, settle=False), slice(None), slot)
         adapted = self._adaptation.predict(users.rows, columns, self.model.items)
         return Predictions(adapted.logit, adapted.probability, adapted.applied)
 
-    def _columns(self, records: Interactions) -> EventColumns:
+    def _columns(self, records: Interactions, settle: bool) -> EventColumns:
+        item_rows = self.model.item_rows(records.item_ids, records.item_features, settle=settle)
         return EventColumns(
             records.user, records.item, records.label, self.model.grades(records.value),
-            records.event_time_ms, records.offset,
-            self.model.item_rows(records.item_ids, records.item_features), self._item_hashes(records.item_ids),
+            records.event_time_ms, records.offset, item_rows, self._item_hashes(records.item_ids),
         )  # fmt: skip
 
     def _users(self, store: UserStore, records: Interactions, part: slice) -> tuple[_Users, NDArray[np.int32]]:

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.settings import Settings
-from learner.baselines import run_baselines
 from learner.artifact import Artifact, library_versions, read_artifact, write_artifact
+from learner.baselines import run_baselines
 from learner.features import Catalogue
 from learner.interactions import Interactions
 from learner.meta_training import EpochReport, meta_train
@@ -102,10 +102,23 @@ class _Recorder:
         self.batches.append(batch)
         self.probability.append(probability)
 
+    def refuse_one_class(self, scored_users: frozenset[str]) -> None:
+        """Raises ProtocolError when the events of ``scored_users`` have one label only: nothing can be ranked."""
+        labels = np.concatenate([b.label for b in self.batches])[self._of(scored_users)]
+        if labels.min() == labels.max():
+            raise ProtocolError(
+                f"all {len(labels):,} scored events have label {labels[0]}, so no ranking can be measured: lower "
+                "protocol.offline_fraction or leave out protocol.score_last to score more users, or check the label "
+                "rule (data.events.label)"
+            )
+
+    def _of(self, users: frozenset[str]) -> NDArray[np.bool_]:
+        user = np.concatenate(self.user)
+        return np.fromiter((u in users for u in self.users), np.bool_, len(self.users))[user]
+
     def scored(self, baselines: dict[str, NDArray[np.float32]], scored_users: frozenset[str]) -> ScoredStream:
         """The events of ``scored_users``; ``baselines`` has a prediction for every event."""
-        user = np.concatenate(self.user)
-        keep = np.fromiter((u in scored_users for u in self.users), np.bool_, len(self.users))[user]
+        user, keep = np.concatenate(self.user), self._of(scored_users)
         return ScoredStream(
             tuple(self.users),
             tuple(self.items),
@@ -149,16 +162,17 @@ class Backtest:
 
         Raises SourceError, ProtocolError, TrainingError, ArtifactError, StoreError: each says what to do.
         """
+        self._refuse_used_state()  # now, not after an hour of training
         with prepared(self.settings, self.progress) as data:
             artifact = self._artifact(data)
             serving = artifact.serving(data.users, data.items)
             with temporary_directory(self.settings.state.directory, "state") as directory:
                 recorder = _Recorder()
                 with Processor(serving, rocks_stores(directory), self.settings.state) as stream:
-                    self._refuse_used_state(stream, directory)
                     seconds = self._stream(data, stream, recorder)
                     parts = row_parts(stream.layout)
                 state = StateSize(len(recorder.users), sum(parts.values()), parts)
+            recorder.refuse_one_class(data.split.is_scored(data.ordered))
             baselines = self._baselines(data, recorder)
             scored = recorder.scored(baselines, data.split.is_scored(data.ordered))
             return self._result(data, artifact, scored, seconds, state, recorder)
@@ -180,11 +194,14 @@ class Backtest:
                 )
         return artifact
 
-    def _refuse_used_state(self, stream: Processor, directory: Path) -> None:
-        if stream.store(PARTITION).offset() is not None:
+    def _refuse_used_state(self) -> None:
+        directory = self.settings.state.directory
+        if directory is None or not directory.exists():
+            return
+        if not directory.is_dir() or any(directory.iterdir()):
             raise StoreError(
-                f"the state directory {directory} holds the users of an earlier run: a backtest starts with none; "
-                "give a new directory"
+                f"the state directory {directory} is not empty: a backtest starts with no users, and earlier ones "
+                "may be in there; give a new directory"
             )
 
     def _stream(self, data: PreparedData, stream: Processor, recorder: _Recorder) -> float:
@@ -233,14 +250,19 @@ class Backtest:
             speed=Speed(trained["train_s"], events / seconds),
             state=state,
             versions={**library_versions(), "artifact": artifact.fingerprint},
-            settings=self.settings,
+            settings=self.settings.model_copy(update={"learner": artifact.learner, "training": artifact.training}),
             scored=scored,
             command=self.command,
             rejects={str(r): n for r, n in data.source.rejects.by_reason.most_common()},
-            notes=(*data.notes, *self._scoring_note(scored, events)),
+            notes=(*data.notes, *self._model_note(artifact), *self._scoring_note(scored, events)),
             training_loss=tuple(trained["train_log_loss"]),
             machine=describe_machine(),
         )  # fmt: skip
+
+    def _model_note(self, artifact: Artifact) -> tuple[str, ...]:
+        if self.model is None or artifact.learner == self.settings.learner:
+            return ()
+        return (f"The learner's settings are those of the model in {self.model}; the ones given here were not used.",)
 
     def _scoring_note(self, scored: ScoredStream, events: int) -> tuple[str, ...]:
         if len(scored) == events:

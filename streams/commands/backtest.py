@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from streams.commands.options import Config, Data, Device, OfflineFraction, Overrides, RejectsFile, Seed, settings_from
+from streams.commands.outputs import require_directory, require_file
 from streams.commands.progress import shown_progress
 from streams.replay import Backtest
 from streams.report import write_report
@@ -48,6 +49,12 @@ def backtest(
         "training.seed": seed,
     }
     settings = settings_from(config, data, overrides, flags)
+    require_file("--json", json_file)
+    require_file("--predictions", predictions)
+    require_file("--report", report)
+    require_file("--rejects", settings.data.rejects.path)
+    require_directory("--state", settings.state.directory)
+    require_directory("--save-model", save_model)
     with shown_progress() as progress:
         run = Backtest(
             settings, baselines=baselines, model=model, save_model=save_model, progress=progress,

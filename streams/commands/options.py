@@ -29,6 +29,7 @@ RejectsFile = Annotated[Path | None, typer.Option("--rejects", help="Write lines
 def settings_from(
     config: str | None, data: list[Path] | None, overrides: list[str] | None, flags: dict[str, object]
 ) -> Settings:
-    """Settings with the flags on top; a flag that was not given (None) changes nothing."""
-    named: dict[str, object] = {"data.paths": [str(path) for path in data] if data else None}
-    return load_settings(config, {**parse_overrides(overrides), **named, **flags})
+    """Settings with ``--set`` and the flags on top; a flag that was not given (None) leaves ``--set`` as it is."""
+    named: dict[str, object] = {"data.paths": [str(path) for path in data] if data else None, **flags}
+    given = {key: value for key, value in named.items() if value is not None}
+    return load_settings(config, {**parse_overrides(overrides), **given})

@@ -12,6 +12,7 @@ import typer
 
 from learner.artifact import read_artifact, write_artifact
 from streams.commands.options import Config, Data, Device, OfflineFraction, Overrides, RejectsFile, Seed, settings_from
+from streams.commands.outputs import require_directory, require_file
 from streams.commands.progress import shown_progress
 from streams.replay import prepared, train_offline
 
@@ -35,6 +36,8 @@ def train(
         "data.rejects.path": rejects,
     }
     settings = settings_from(config, data, overrides, flags)
+    require_directory("--out", out)
+    require_file("--rejects", settings.data.rejects.path)
     checkpoints = out / "checkpoints"
     with shown_progress() as progress:
         try:

@@ -25,8 +25,7 @@ FIELDS = ("user_id", "item_id", "label", "value", "event_time_ms")
 Outcome = tuple[object, ...]
 
 IDS = st.sampled_from(
-    ["u1", "u2", "12", "é", "", " ", "\t", "a b", '"q"', '"', 'x"y', "\x1f",
-                       "\ufeff", "\x85", "a\rb"]
+    ["u1", "u2", "12", "é", "", " ", "\t", "a b", '"q"', '"', 'x"y', "\x1f", "\ufeff", "\x85", "a\rb"]
 )
 NUMBERS = [
     "0",
@@ -168,7 +167,7 @@ def json_lines(draw: st.DrawFn) -> bytes:
         {"user_id": st.sampled_from(["u", "v"]), "item_id": st.integers(1, 3), "label": st.integers(0, 1),
          "value": st.floats(0, 5), "event_time_ms": st.integers(0, 10**12)}
     )  # fmt: skip
-    fuzzed = st.fixed_dictionaries({}, optional={name: SCALARS for name in (*FIELDS, "other")})
+    fuzzed = st.fixed_dictionaries({}, optional=dict.fromkeys((*FIELDS, "other"), SCALARS))
     one = st.tuples(plain, st.sampled_from(FIELDS), SCALARS).map(lambda t: {**t[0], t[1]: t[2]})
     record = st.one_of(plain, one, one, st.tuples(plain, fuzzed).map(lambda two: {**two[0], **two[1]}), fuzzed)
     line = record.map(lambda r: json.dumps(r).encode())

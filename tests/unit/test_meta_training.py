@@ -107,7 +107,7 @@ def test_no_events_or_one_class_is_an_error_that_says_what_to_do():
 
 def test_graded_settings_without_values_are_an_error():
     events = Interactions.from_columns(["a", "b"], ["x", "y"], [1, 0], [0, 1])
-    with pytest.raises(TrainingError, match="data.events.value"):
+    with pytest.raises(TrainingError, match=r"data.events.value"):
         prepare(events, USERS, ITEMS, SMALL.model_copy(update={"graded_targets": True}))
 
 

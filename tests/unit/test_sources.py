@@ -251,7 +251,7 @@ def test_of_a_json_key_given_twice_the_last_counts(tmp_path: Path) -> None:
 def test_an_optional_value_may_be_missing_from_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, "a.csv", HEADER + "u1,i1,1,1000\n")
     assert read(path, events__value={"field": "value", "optional": True}) == TWO[:1]
-    with pytest.raises(UnknownColumn, match="no column 'value' for data.events.value.field"):
+    with pytest.raises(UnknownColumn, match=r"no column 'value' for data.events.value.field"):
         read(path, events__value={"field": "value"})
 
 
@@ -273,9 +273,9 @@ def test_an_unknown_column_is_named_with_the_nearest(tmp_path: Path, name: str) 
 
 
 def test_errors_about_files_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(NoInput, match="data.paths is empty"):
+    with pytest.raises(NoInput, match=r"data.paths is empty"):
         open_source(data_settings())
-    with pytest.raises(MissingFile, match="no such file; data.paths is relative to"):
+    with pytest.raises(MissingFile, match=r"no such file; data.paths is relative to"):
         open_source(data_settings(tmp_path / "nowhere.csv"))
     with pytest.raises(MissingFile, match="the directory holds none of"):
         open_source(data_settings(tmp_path))
@@ -283,13 +283,13 @@ def test_errors_about_files_say_what_to_do(tmp_path: Path) -> None:
         open_source(data_settings(written(tmp_path, "a.csv", "")))
     with pytest.raises(EmptyFile, match="no events; write some"):
         read(written(tmp_path, "b.csv", HEADER))
-    with pytest.raises(UnknownFormat, match="set data.format to delimited, jsonl or parquet"):
+    with pytest.raises(UnknownFormat, match=r"set data.format to delimited, jsonl or parquet"):
         open_source(data_settings(written(tmp_path, "events.dat", "x")))
     with pytest.raises(UnknownFormat, match="not MovieLens as published"):
         open_source(data_settings(tmp_path / "a.csv", format="movielens"))
     with pytest.raises(UnusableFile, match="not a Parquet file"):
         open_source(data_settings(written(tmp_path, "a.parquet", "text")))
-    with pytest.raises(UnusableFile, match="name them in order under data.columns"):
+    with pytest.raises(UnusableFile, match=r"name them in order under data.columns"):
         open_source(data_settings(written(tmp_path, "c.csv", "u,i,1,5\n"), header=False))
     with pytest.raises(UnusableFile, match="names a, b twice"):
         open_source(data_settings(written(tmp_path, "d.csv", "a,b,a,b\n")))

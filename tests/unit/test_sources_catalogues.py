@@ -79,7 +79,7 @@ def test_prefixes_and_selected_features_apply_to_movielens(ml_1m: Path) -> None:
     data = movielens("ml-1m", ml_1m, events__user_id__prefix="u", users__features={"sex": {"field": "gender"}})
     users, _ = load_catalogues(data)
     assert users == Catalogue((FeatureField("sex", "categorical"),), {"u1": ("F",), "u2": ("M",)})
-    with pytest.raises(UnknownColumn, match="no column 'zip' for data.users.features.zip"):
+    with pytest.raises(UnknownColumn, match=r"no column 'zip' for data.users.features.zip"):
         load_catalogues(movielens("ml-1m", ml_1m, users__features={"zip": {}}))
 
 
@@ -128,7 +128,7 @@ def test_a_few_bad_catalogue_rows_are_told_and_many_stop(tmp_path: Path, caplog:
 
 def test_a_catalogue_needs_both_a_file_and_features(tmp_path: Path) -> None:
     events = written(tmp_path, "e.csv", HEADER)
-    with pytest.raises(NoInput, match="name columns under data.users.features"):
+    with pytest.raises(NoInput, match=r"name columns under data.users.features"):
         load_catalogues(data_settings(events, users__path=str(events)))
-    with pytest.raises(NoInput, match="data.items.path names no file"):
+    with pytest.raises(NoInput, match=r"data.items.path names no file"):
         load_catalogues(data_settings(events, items__features=RULES))

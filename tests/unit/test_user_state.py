@@ -150,3 +150,11 @@ def test_the_ledger_changes_with_each_part_of_an_event(place):
     other = list(event)
     other[place] += 1
     assert ledger_of(event) != ledger_of(other)
+
+
+def test_the_golden_ledger_of_two_events_is_the_one_of_layout_version_1():
+    one = ledger_of([0, 0, item_hash("i1"), 1, 1_600_000_000_000])
+    assert (one, ledger_of([one, 5, item_hash("i2"), 0, 1_600_000_000_001])) == (
+        0x7513B4D29E4EF061,
+        0xA2BECAD85C8B4404,
+    )

@@ -1,0 +1,187 @@
+"""Every store of users' rows answers as a dictionary would, whatever the ids and the order of calls."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from learner.user_state import RowLayout
+from state.exceptions import StoreLocked, StoreUnreadable
+from state.store import MemoryUserStore, RocksUserStore, UserStore
+
+LAYOUT = RowLayout("gradient", 2, 0, 0)
+WIDTH = 72
+HOSTILE = [
+    b"", b"u", b"m", b"v", b"n", b"progress", b"mprogress", b"layout", b"mlayout", b"uprogress", b"../x", b"/", b"\0",
+    b"\0\0", b"a", b"a\0", b"a\0\0", b"\xff" * 9, "😀".encode(), "\u202eabc".encode(), "مستخدم".encode(), b"x" * 65_536,
+]  # fmt: skip
+
+
+def rows_of(*fills: int) -> np.ndarray:
+    """One row per number, filled with it."""
+    return np.repeat(np.array(fills, np.uint8)[:, None], WIDTH, axis=1)
+
+
+def held(store: UserStore) -> list[tuple[bytes, bytes]]:
+    return [(user, row.tobytes()) for user, row in store.iterate()]
+
+
+@pytest.fixture(params=["memory", "rocks"])
+def store(request, tmp_path):
+    with MemoryUserStore(LAYOUT) if request.param == "memory" else RocksUserStore(tmp_path / "s", LAYOUT) as opened:
+        yield opened
+
+
+def test_no_id_is_special(store):
+    fills = list(range(1, len(HOSTILE) + 1))
+    store.write_batch(HOSTILE, rows_of(*fills), offset=11, meta_version=4)
+    rows, found = store.get_many(HOSTILE)
+    assert found.all()
+    np.testing.assert_array_equal(rows, rows_of(*fills))
+    assert held(store) == sorted((u, bytes([f]) * WIDTH) for u, f in zip(HOSTILE, fills, strict=True))
+    assert (store.offset(), store.meta_version()) == (11, 4)
+
+
+def test_the_stores_own_entries_are_no_users(store):
+    store.write_batch([b"a"], rows_of(1), offset=11, meta_version=4)
+    _, found = store.get_many([b"progress", b"layout", b"mprogress", b"mlayout", b"ua", b""])
+    assert not found.any()
+    assert held(store) == [(b"a", bytes([1]) * WIDTH)]
+
+
+def test_a_user_named_twice_in_a_batch_keeps_its_last_row(store):
+    store.write_batch([b"a", b"b"] * 50, rows_of(*range(100)), offset=0, meta_version=0)
+    assert held(store) == [(b"a", bytes([98]) * WIDTH), (b"b", bytes([99]) * WIDTH)]
+
+
+def test_rows_that_are_not_contiguous_are_written_as_they_read(store):
+    wide = np.zeros((4, 2 * WIDTH), np.uint8)
+    wide[:, ::2] = rows_of(1, 2, 3, 4)
+    store.write_batch([b"a", b"b"], wide[::2, ::2], offset=0, meta_version=0)
+    assert held(store) == [(b"a", bytes([1]) * WIDTH), (b"b", bytes([3]) * WIDTH)]
+
+
+@pytest.mark.parametrize("shape", [(1, WIDTH - 8), (WIDTH,), (2, WIDTH), (0, WIDTH)])
+def test_rows_of_another_shape_or_number_are_refused_and_nothing_is_written(store, shape):
+    with pytest.raises(ValueError, match=r"1 users and rows of shape .* holds rows of 72 bytes"):
+        store.write_batch([b"a"], np.zeros(shape, np.uint8), offset=0, meta_version=0)
+    assert (held(store), store.offset()) == ([], None)
+
+
+def test_one_long_id_does_not_cost_its_length_for_every_user(store):
+    users = [b"%d" % k for k in range(2_000)] + [b"x" * 65_536]
+    rows = np.zeros((len(users), WIDTH), np.uint8)
+    tracemalloc.start()
+    store.write_batch(users, rows, offset=0, meta_version=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4_000_000  # 2,001 · 64 KiB would be 131 MB
+
+
+def test_a_reopened_store_has_every_row_and_counts_its_users(tmp_path):
+    with RocksUserStore(tmp_path, LAYOUT) as store:
+        store.write_batch(HOSTILE, rows_of(*range(len(HOSTILE))), offset=41, meta_version=2)
+        before = held(store)
+    with RocksUserStore(tmp_path, LAYOUT) as store:
+        assert held(store) == before
+        assert (store.offset(), store.meta_version(), store.approximate_count()) == (41, 2, len(HOSTILE))
+
+
+def test_damage_in_a_directory_called_blocks_is_not_taken_for_a_lock(tmp_path):
+    path = tmp_path / "blocks"
+    RocksUserStore(path, LAYOUT).close()
+    (manifest,) = path.glob("MANIFEST-*")
+    manifest.unlink()
+    with pytest.raises(StoreUnreadable, match="blocks cannot be opened"):
+        RocksUserStore(path, LAYOUT)
+
+
+KEEP_OPEN = """
+import sys, numpy as np
+from pathlib import Path
+from learner.user_state import RowLayout
+from state.store import RocksUserStore
+store = RocksUserStore(Path(sys.argv[1]), RowLayout("gradient", 2, 0, 0))
+store.write_batch([b"a"], np.full((1, 72), 5, np.uint8), offset=3, meta_version=1)
+print("written", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_another_process_keeps_the_lock_until_it_is_killed(tmp_path):
+    command = [sys.executable, "-c", KEEP_OPEN, str(tmp_path)]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == b"written\n"
+            with pytest.raises(StoreLocked, match="in another process"):
+                RocksUserStore(tmp_path, LAYOUT)
+        finally:
+            other.kill()
+    with RocksUserStore(tmp_path, LAYOUT) as store:
+        assert held(store) == [(b"a", bytes([5]) * WIDTH)]
+        assert (store.offset(), store.meta_version()) == (3, 1)
+
+
+USERS = st.one_of(st.binary(max_size=3), st.sampled_from(HOSTILE[:-1]))  # hypothesis warns of the longest one's repr
+
+
+class StoresAgainstADictionary(RuleBasedStateMachine):
+    """Both stores take the same calls; a dictionary says what they must answer."""
+
+    @initialize()
+    def open(self) -> None:
+        self.directory = TemporaryDirectory()
+        self.path = Path(self.directory.name) / "store"
+        self.stores: list[UserStore] = [MemoryUserStore(LAYOUT), RocksUserStore(self.path, LAYOUT)]
+        self.expected: dict[bytes, int] = {}
+        self.progress: tuple[int | None, int | None] = (None, None)
+
+    def teardown(self) -> None:
+        for store in getattr(self, "stores", []):
+            store.close()
+        if hasattr(self, "directory"):
+            self.directory.cleanup()
+
+    @rule(
+        batch=st.dictionaries(USERS, st.integers(1, 255), max_size=5),
+        offset=st.integers(0, 2**63 - 1),
+        meta_version=st.integers(0, 2**64 - 1),
+    )
+    def put(self, batch: dict[bytes, int], offset: int, meta_version: int) -> None:
+        for store in self.stores:
+            store.write_batch(list(batch), rows_of(*batch.values()), offset=offset, meta_version=meta_version)
+        self.expected |= batch
+        self.progress = (offset, meta_version)
+
+    @rule(users=st.lists(USERS, max_size=6))
+    def get(self, users: list[bytes]) -> None:
+        for store in self.stores:
+            rows, found = store.get_many(users)
+            assert found.tolist() == [user in self.expected for user in users]
+            np.testing.assert_array_equal(rows, rows_of(*(self.expected.get(user, 0) for user in users)))
+
+    @rule()
+    def reopen(self) -> None:
+        self.stores[1].close()
+        self.stores[1] = RocksUserStore(self.path, LAYOUT)
+
+    @invariant()
+    def every_row_and_the_progress_are_the_dictionarys(self) -> None:
+        for store in getattr(self, "stores", []):
+            assert held(store) == [(user, bytes([f]) * WIDTH) for user, f in sorted(self.expected.items())]
+            assert (store.offset(), store.meta_version()) == self.progress
+
+
+TestStoresAgainstADictionary = StoresAgainstADictionary.TestCase
+TestStoresAgainstADictionary.settings = settings(max_examples=12, stateful_step_count=12)

@@ -46,16 +46,11 @@ class UserReport:
 def query_user(path: Path, user_id: str) -> UserReport | None:
     """The user's row in the store at ``path``; None for a user it has never learned from.
 
-    Raises StoreUnreadable when there is no store.
+    Raises StoreUnreadable when there is no store, or RocksDB refuses it.
     """
     if not (path / "CURRENT").is_file():
         raise StoreUnreadable(f"{path} holds no store: name a partition's directory under --state of a run")
-    db = Rdict(str(path), options=Options(raw_mode=True), access_type=AccessType.read_only())
-    try:
-        stored: Any = db.get([LAYOUT_KEY, user_key(user_id.encode())])
-    finally:
-        db.close()
-    fingerprint, packed = stored
+    fingerprint, packed = _read(path, [LAYOUT_KEY, user_key(user_id.encode())])
     layout = _layout(path, fingerprint)
     if packed is None:
         return None
@@ -74,6 +69,18 @@ def query_user(path: Path, user_id: str) -> UserReport | None:
         _variance(layout, row["covariance"]),
         tuple(int(label) for label in recent.label),
     )
+
+
+def _read(path: Path, keys: list[Any]) -> list[bytes | None]:
+    try:
+        db = Rdict(str(path), options=Options(raw_mode=True), access_type=AccessType.read_only())
+    except Exception as error:  # rocksdict raises bare Exception for everything RocksDB says
+        raise StoreUnreadable(f"the store {path} cannot be read: {error}; restore it, or run again") from error
+    try:
+        values: Any = db.get(keys)
+        return list(values)
+    finally:
+        db.close()
 
 
 def _layout(path: Path, fingerprint: bytes | None) -> RowLayout:

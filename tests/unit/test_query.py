@@ -65,3 +65,10 @@ def test_the_command_prints_the_row_as_text_and_as_json(store):
 def test_a_directory_without_a_store_is_an_error(tmp_path):
     with pytest.raises(StoreUnreadable, match="holds no store"):
         query_user(tmp_path, "ann")
+
+
+def test_a_damaged_store_is_an_error_that_names_it(store, tmp_path_factory):
+    copy = tmp_path_factory.mktemp("copy")
+    (copy / "CURRENT").write_text("MANIFEST-999999\n")
+    with pytest.raises(StoreUnreadable, match=r"copy.* cannot be read: .*run again"):
+        query_user(copy, "ann")

@@ -136,17 +136,18 @@ class Processor:
         """The users of a part of the records, new ones at their start, and each event's row among them."""
         present = np.zeros(len(records.user_ids), np.bool_)
         present[records.user[part]] = True
-        codes = np.flatnonzero(present)
-        slot = (np.cumsum(present, dtype=np.int32) - 1)[records.user[part]]
-        ids = [records.user_ids[code] for code in codes.tolist()]
-        keys = [user.encode() for user in ids]
+        by_key = sorted((records.user_ids[code].encode(), code) for code in np.flatnonzero(present).tolist())
+        keys, codes = [key for key, _ in by_key], [code for _, code in by_key]  # sorted keys read and write faster
+        place = np.empty(len(present), np.int32)
+        place[codes] = np.arange(len(codes), dtype=np.int32)
+        slot = place[records.user[part]]
         rows, found = store.get_many(keys)
         missing = np.flatnonzero(~found).tolist()
         if missing:
             features = {
                 name: tuple(column[codes[k]] for k in missing) for name, column in records.user_features.items()
             }
-            means = self.model.initial_means([ids[k] for k in missing], features)
+            means = self.model.initial_means([records.user_ids[codes[k]] for k in missing], features)
             first, second, version = self.model.first, self.model.second, self.model.meta_version
             rows[missing] = new_rows(self.layout, first, second, means, version)
         return _Users(keys, rows, len(missing)), slot

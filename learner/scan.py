@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -356,9 +357,8 @@ def _gradient_scan_backward(first, last, lanes, starts, psi, base, target, weigh
 
 # --- torch ----------------------------------------------------------------------------------------------------
 
-MIN_EVENTS_PER_THREAD = 20_000
-"""Some 25 ms of work at d = 16. Starting and joining a thread took 1 to 3 ms here: at 2,600 events a thread, two
-threads were slower than one."""
+MIN_EVENTS_PER_THREAD = 1_000
+"""Some milliseconds of work at d = 16; waking a thread takes up to one of them."""
 
 _threads: ContextVar[int] = ContextVar("scan_threads", default=1)
 
@@ -390,11 +390,19 @@ def _over_users(scan: Any, starts: Array, psi: Array, *arrays: Any) -> None:
     threads = max(1, min(_threads.get(), users, len(psi) // MIN_EVENTS_PER_THREAD))
     cuts = np.searchsorted(starts, np.linspace(0, starts[-1], threads + 1)[1:-1]).tolist()
     edges = [0, *cuts, users]
-    if threads == 1:
-        scan(0, users, lanes, starts, psi, *arrays)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda a, e: scan(a, e, lanes, starts, psi, *arrays), edges[:-1], edges[1:]))
+    others = [
+        _helpers(threads).submit(scan, a, e, lanes, starts, psi, *arrays)
+        for a, e in zip(edges[1:-1], edges[2:], strict=True)
+    ]
+    scan(0, edges[1], lanes, starts, psi, *arrays)
+    for other in others:
+        other.result()
+
+
+@cache
+def _helpers(threads: int) -> ThreadPoolExecutor:
+    """Threads beside the caller's own, kept: starting one takes longer than a short scan."""
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="coldstream-scan")
 
 
 def _arrays(*tensors: torch.Tensor) -> list[Any]:

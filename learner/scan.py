@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -390,10 +391,7 @@ def _over_users(scan: Any, starts: Array, psi: Array, *arrays: Any) -> None:
     threads = max(1, min(_threads.get(), users, len(psi) // MIN_EVENTS_PER_THREAD))
     cuts = np.searchsorted(starts, np.linspace(0, starts[-1], threads + 1)[1:-1]).tolist()
     edges = [0, *cuts, users]
-    others = [
-        _helpers(threads).submit(scan, a, e, lanes, starts, psi, *arrays)
-        for a, e in zip(edges[1:-1], edges[2:], strict=True)
-    ]
+    others = [_helpers(threads).submit(scan, a, e, lanes, starts, psi, *arrays) for a, e in pairwise(edges[1:])]
     scan(0, edges[1], lanes, starts, psi, *arrays)
     for other in others:
         other.result()

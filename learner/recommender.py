@@ -30,8 +30,8 @@ from learner.serving import FirstFilter, FixedPart, Float, SecondFilter
 LOGISTIC_VARIANCE = 0.3927
 """π/8: the probit approximation of a logistic under a Gaussian (MacKay 1992), scaled by the learned κ."""
 DENSE_FEATURE_COLUMNS = 256
-"""Up to so many feature columns the items' features are a dense matrix, whose product takes a fifth of the time of a
-sparse one; beyond it a million items would need gigabytes."""
+"""Up to so many feature columns the items' features are a dense matrix, one product a step; beyond it a million items
+would need gigabytes, and a sparse sum takes its place."""
 USER_FEATURE_RANK = 8
 """W is a product of rank 8 per feature: enough for a few dozen categories, and starts at zero gently."""
 
@@ -367,7 +367,8 @@ def packed(covariance: Float) -> Float:
 
 
 class _GaussianKL(torch.autograd.Function):
-    """KL(N(mean, σ²) ‖ N(0, scale²)) summed over rows, with its gradients in closed form: half autograd's time.
+    """KL(N(mean, σ²) ‖ N(0, scale²)) summed over rows, with its gradients in closed form: fewer passes over
+    the table than autograd makes.
 
     mean and log_sigma (V, D), log_scale (D,); Kingma & Welling 2014 (arXiv 1312.6114), appendix B.
     """

@@ -359,7 +359,7 @@ def _gradient_scan_backward(first, last, lanes, starts, psi, base, target, weigh
 # --- torch ----------------------------------------------------------------------------------------------------
 
 MIN_EVENTS_PER_THREAD = 1_000
-"""Some milliseconds of work at d = 16; waking a thread takes up to one of them."""
+"""Less is one or two milliseconds of work at d = 16, too short to hand to another thread."""
 
 _threads: ContextVar[int] = ContextVar("scan_threads", default=1)
 
@@ -369,7 +369,7 @@ def scan_threads(count: int | None) -> Iterator[None]:
     """How many threads the scans use within the block; None takes every core this process may use.
 
     Torch gets one thread meanwhile: its operations are small here, and its threads spin at every one of them,
-    which on a busy machine costs ten times what they save.
+    which on a busy machine made a step seven times slower (docs/decisions/0003).
     """
     token = _threads.set(count or len(os.sched_getaffinity(0)))
     before = torch.get_num_threads()

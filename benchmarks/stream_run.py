@@ -139,7 +139,7 @@ def stream(settings: Settings, model: Path, state: Path) -> Run:
     users, items = load_catalogues(settings.data)
     serving = read_artifact(model).serving(users, items)
     serving.initial_means(("nobody",), {})  # loads its compiled loop
-    processor = Processor(serving, rocks_stores(state), settings.state)
+    processor = Processor(serving, rocks_stores(state, settings.state), settings.state)
     stages = dict.fromkeys(("wait for decoding", *STAGES.values()), 0.0)
     events = 0
     with clocked(stages):

@@ -200,13 +200,26 @@ class ProtocolSettings(Section):
     bootstrap_samples: int = Field(default=1000, ge=0)
 
 
+class SyncSettings(Section):
+    """When written rows are forced to the disk; a killed process loses nothing under any of them."""
+
+    mode: Literal["never", "interval", "batch"] = "interval"
+    interval_ms: PositiveInt = 1000
+
+
 class StateSettings(Section):
-    """Where and how users' rows are kept."""
+    """Where and how users' rows are kept. The memory is that of all partitions of a process together."""
 
     directory: Path | None = None
     commit_events: PositiveInt = 16384
     ring: int = Field(default=32, ge=0, le=1024)
     """How many of a user's latest events its row keeps."""
+    sync: SyncSettings = SyncSettings()
+    expire_after_days: PositiveFloat | None = None
+    """Users who are away for longer, by the events' time, are dropped and start anew; None keeps them for ever."""
+    hot_rows_mb: PositiveInt = 256
+    block_cache_mb: PositiveInt = 64
+    write_buffers_mb: PositiveInt = 192
 
 
 class Settings(Section):

@@ -24,7 +24,8 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
-from learner.user_state import HEADER_BYTES, MAX_HOURS, NO_GRADE, extend_ledger
+from learner.ledger import extend_ledger
+from learner.user_state import AGE_DIGITS, HEADER_BYTES, MAX_AGE_S, NO_GRADE
 
 LIMIT = 1e15
 """Largest magnitude that a logit, a mean or a variance may reach; useful ones stay below 1e3. Its square is far
@@ -34,8 +35,7 @@ FULL, DIAGONAL, GRADIENT = 0, 1, 2
 FIRST_WORD = HEADER_BYTES // 4
 """Where the first filter starts, in 4-byte words."""
 _EVENTS, _LAST_OFFSET, _FIRST_TIME, _LAST_TIME, _LEDGER, _GUARDED = 1, 2, 3, 4, 5, 7
-"""Header fields in 8-byte words; the low half of _GUARDED counts, its high half is reserved."""
-_HOUR_MS = 3_600_000
+"""Header fields in 8-byte words; the low half of _GUARDED counts, its high half is the owner."""
 _VECTORIZER = "SLP_VECTORIZE"
 """numba's switch for LLVM's vectorizer of straight-line code (environment: NUMBA_SLP_VECTORIZE)"""
 
@@ -252,8 +252,12 @@ def _log_event(row, offset, hashed, label, kept_grade, time, ring_at, ring):  # 
     row[_LAST_TIME] = time
     row[_LEDGER] = np.int64(extend_ledger(np.uint64(row[_LEDGER]), offset, hashed, label, time))
     if ring > 0:
-        hours = min(max((time - row[_FIRST_TIME]) // _HOUR_MS, 0), MAX_HOURS)
-        low = np.uint64(label) << np.uint64(23) | np.uint64(kept_grade) << np.uint64(17) | np.uint64(hours)
+        age = min(max((time - row[_FIRST_TIME]) // 1000, 0), MAX_AGE_S)
+        dropped = 0
+        while age >> (dropped + AGE_DIGITS) > 0:
+            dropped += 1
+        code = (dropped << (AGE_DIGITS - 1)) + (age >> dropped)
+        low = np.uint64(label) << np.uint64(23) | np.uint64(kept_grade) << np.uint64(17) | np.uint64(code)
         place = ring_at + np.int64(np.uint64(count) % np.uint64(ring))
         row[place] = np.int64(hashed >> np.uint64(24) << np.uint64(24) | low)
 

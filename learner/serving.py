@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numba
 import numpy as np
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from learner.features import Catalogue, FeatureEncoder, FeatureField, SparseRows
 from learner.interactions import FeatureColumn
+from learner.user_state import HeadKind
 
 Float = NDArray[np.float32]
-HeadKind = Literal["full", "diagonal", "gradient"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rocksdict import AccessType, Options, Rdict
-
 from learner.user_state import RowLayout, recent_events
-from state.exceptions import StoreUnreadable
-from state.store import LAYOUT_KEY, user_key
-
-_FINGERPRINT = re.compile(r"row-v\d+ head=(\w+) d=(\d+) second=(\d+) ring=(\d+)")
+from state.store import RocksReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +41,12 @@ def query_user(path: Path, user_id: str) -> UserReport | None:
 
     Raises StoreUnreadable when there is no store, or RocksDB refuses it.
     """
-    if not (path / "CURRENT").is_file():
-        raise StoreUnreadable(f"{path} holds no store: name a partition's directory under --state of a run")
-    fingerprint, packed = _read(path, [LAYOUT_KEY, user_key(user_id.encode())])
-    layout = _layout(path, fingerprint)
-    if packed is None:
+    with RocksReader(path) as store:
+        layout = store.layout
+        rows, found = store.get_many([user_id.encode()])
+    if not found[0]:
         return None
-    row = layout.rows(np.frombuffer(packed, np.uint8).reshape(1, -1))[0]
+    row = layout.rows(rows)[0]
     recent = recent_events(layout, row)
     return UserReport(
         user_id,
@@ -69,26 +61,6 @@ def query_user(path: Path, user_id: str) -> UserReport | None:
         _variance(layout, row["covariance"]),
         tuple(int(label) for label in recent.label),
     )
-
-
-def _read(path: Path, keys: list[Any]) -> list[bytes | None]:
-    try:
-        db = Rdict(str(path), options=Options(raw_mode=True), access_type=AccessType.read_only())
-    except Exception as error:  # rocksdict raises bare Exception for everything RocksDB says
-        raise StoreUnreadable(f"the store {path} cannot be read: {error}; restore it, or run again") from error
-    try:
-        values: Any = db.get(keys)
-        return list(values)
-    finally:
-        db.close()
-
-
-def _layout(path: Path, fingerprint: bytes | None) -> RowLayout:
-    parts = _FINGERPRINT.fullmatch((fingerprint or b"").decode(errors="replace"))
-    if parts is None:
-        raise StoreUnreadable(f"{path} does not say which rows it holds: it was not made by a run of coldstream")
-    kind: Any = parts[1]
-    return RowLayout(kind, int(parts[2]), int(parts[3]), int(parts[4]))
 
 
 def _variance(layout: RowLayout, covariance: Any) -> tuple[float, ...]:

@@ -11,15 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.settings import StateSettings
-from learner.adaptation import Adaptation, EventColumns
+from learner.adaptation import Adaptation, Adapted, EventColumns
+from learner.event_clock import Ticks, advance, new_clock
 from learner.interactions import Interactions
 from learner.serving import ServingModel
 from learner.user_state import HEADER_BYTES, RowLayout, Slab, item_hash, new_rows
+from state.expiry import Expiry, pack_clock, seen_ms, set_seen, unpack_clock
+from state.hot_rows import HotMemory, HotRows
 from state.store import UserStore
 
 OpenStore = Callable[[int, RowLayout], UserStore]
 """(topic partition, layout of the rows) -> its store"""
 
+DAY_MS = 86_400_000
 KNOWN_HASHES = 1 << 20
 """Hashes of item ids that are kept at hand, some 150 MB at most; beyond it they are computed anew."""
 
@@ -46,26 +50,34 @@ class Counts:
     guarded: int = 0
     """Updates refused because they were not finite"""
     users_created: int = 0
+    users_expired: int = 0
+    """Came back after they had been idle for too long, and started anew"""
 
 
 @dataclass(frozen=True, slots=True)
-class _Users:
-    """The U users of one commit, row by row."""
+class _Part:
+    """The events of one commit: N of them, of U users."""
 
-    keys: list[bytes]
-    rows: Slab
-    """(U, row_bytes)"""
-    created: int
-    """How many of them the store did not know"""
+    events: slice
+    """Of the records"""
+    codes: NDArray[np.int32]
+    """(U,) the users' codes in the records"""
+    user: NDArray[np.int64]
+    """(N,) which of the U an event is of"""
+    first: NDArray[np.int64]
+    """(U,) the first event of each user"""
+    ticks: Ticks | None
+    """The event clock at each event; None without expiry"""
 
 
 class Processor:
     """Predicts and learns every event, and makes the users' rows durable, commit by commit.
 
-    A commit is at most ``state.commit_events`` events: their users' rows are read, walked event by event, and those
-    that learned are written back together with the offset of the last. A crash between commits loses nothing: the
-    stream goes on after the store's offset, and a row skips what it has applied. How the stream is cut changes no
-    bit. Use as a context: it closes the stores it opened. Not for several threads at once.
+    A commit is at most ``state.commit_events`` events: their users' rows are read (``HotRows``), walked event by event,
+    and those that learned are written together with the offset of the last. A crash between commits loses nothing: the
+    stream goes on after the store's offset, and a row skips what it has applied. How the stream is cut changes no bit.
+    After an error nothing of the commit counts, and the same records may come again.
+    Use as a context: it closes the stores it opened. Not for several threads at once.
     """
 
     def __init__(self, model: ServingModel, open_store: OpenStore, state: StateSettings) -> None:
@@ -74,7 +86,10 @@ class Processor:
         self.counts = Counts()
         self._commit_events = state.commit_events
         self._open_store = open_store
-        self._stores: dict[int, UserStore] = {}
+        self._expiry = None if state.expire_after_days is None else Expiry(round(state.expire_after_days * DAY_MS))
+        rows = max((state.hot_rows_mb << 20) // self.layout.row_bytes, state.commit_events)
+        self._memory = HotMemory(self.layout, rows)
+        self._hot: dict[int, HotRows] = {}
         self._adaptation = Adaptation(self.layout, model.first, model.second)
         self._hashes: dict[str, int] = {}
 
@@ -88,42 +103,52 @@ class Processor:
 
     def close(self) -> None:
         """Closes every store it opened."""
-        while self._stores:
-            self._stores.popitem()[1].close()
+        while self._hot:
+            hot = self._hot.popitem()[1]
+            hot.forget()
+            hot.store.close()
 
     def store(self, partition: int) -> UserStore:
         """The partition's store, opened at first use."""
-        if partition not in self._stores:
-            self._stores[partition] = self._open_store(partition, self.layout)
-        return self._stores[partition]
+        return self._rows(partition).store
 
     def process(self, partition: int, records: Interactions) -> Predictions:
         """Predicts each record, then learns it; on return all rows are in the partition's store.
 
         Offsets must rise within the records. Records that were applied before change nothing and may come again.
         """
-        store, n = self.store(partition), len(records)
+        hot, n = self._rows(partition), len(records)
         result = Predictions(np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.bool_))
         columns = self._columns(records, settle=True)
-        for first in range(0, n, self._commit_events):
-            part = slice(first, first + self._commit_events)
-            users, slot = self._users(store, records, part)
-            adapted = self._adaptation.learn(users.rows, _part(columns, part, slot), self.model.items)
-            self._write(store, users, slot[adapted.applied], int(records.offset[part][-1]))
-            result.logit[part], result.probability[part] = adapted.logit, adapted.probability
-            result.applied[part] = adapted.applied
-            self.counts.events += len(slot)
-            self.counts.skipped += len(slot) - int(adapted.applied.sum())
-            self.counts.guarded += adapted.guarded
-            self.counts.users_created += users.created
+        done = 0
+        while done < n:
+            part = self._next_part(hot, records, done)
+            try:
+                adapted = self._learn(hot, records, columns, part)
+            except BaseException:
+                hot.forget()  # rows in memory may have learned what the store has not
+                raise
+            result.logit[part.events], result.probability[part.events] = adapted.logit, adapted.probability
+            result.applied[part.events] = adapted.applied
+            done = part.events.stop
         return result
 
     def predict(self, partition: int, records: Interactions) -> Predictions:
         """Predicts each record from its user's row as it stands: no label is used and nothing is written."""
-        users, slot = self._users(self.store(partition), records, slice(None))
-        columns = _part(self._columns(records, settle=False), slice(None), slot)
-        adapted = self._adaptation.predict(users.rows, columns, self.model.items)
+        hot = self._rows(partition)
+        codes, user = np.unique(records.user, return_inverse=True)
+        rows, found = hot.store.get_many([records.user_ids[code].encode() for code in codes.tolist()])
+        if self._expiry is not None:
+            found &= ~self._idle_now(hot, rows)
+        rows[~found] = self._started(records, codes[~found])
+        columns = _part(self._columns(records, settle=False), slice(None), user.astype(np.int32))
+        adapted = self._adaptation.predict(rows, columns, self.model.items)
         return Predictions(adapted.logit, adapted.probability, adapted.applied)
+
+    def _rows(self, partition: int) -> HotRows:
+        if partition not in self._hot:
+            self._hot[partition] = HotRows(self._open_store(partition, self.layout), self._memory)
+        return self._hot[partition]
 
     def _columns(self, records: Interactions, settle: bool) -> EventColumns:
         item_rows = self.model.item_rows(records.item_ids, records.item_features, settle=settle)
@@ -132,40 +157,77 @@ class Processor:
             records.event_time_ms, records.offset, item_rows, self._item_hashes(records.item_ids),
         )  # fmt: skip
 
-    def _users(self, store: UserStore, records: Interactions, part: slice) -> tuple[_Users, NDArray[np.int32]]:
-        """The users of a part of the records, new ones at their start, and each event's row among them."""
-        present = np.zeros(len(records.user_ids), np.bool_)
-        present[records.user[part]] = True
-        by_key = sorted((records.user_ids[code].encode(), code) for code in np.flatnonzero(present).tolist())
-        keys, codes = [key for key, _ in by_key], [code for _, code in by_key]  # sorted keys read and write faster
-        place = np.empty(len(present), np.int32)
-        place[codes] = np.arange(len(codes), dtype=np.int32)
-        slot = place[records.user[part]]
-        rows, found = store.get_many(keys)
-        missing = np.flatnonzero(~found).tolist()
-        if missing:
-            features = {
-                name: tuple(column[codes[k]] for k in missing) for name, column in records.user_features.items()
-            }
-            means = self.model.initial_means([records.user_ids[codes[k]] for k in missing], features)
-            first, second, version = self.model.first, self.model.second, self.model.meta_version
-            rows[missing] = new_rows(self.layout, first, second, means, version)
-        return _Users(keys, rows, len(missing)), slot
+    def _next_part(self, hot: HotRows, records: Interactions, start: int) -> _Part:
+        """The next commit's events: fewer than usual where a user is idle for too long between two of them."""
+        stop, ticks = min(start + self._commit_events, len(records)), None
+        if self._expiry is not None:
+            ticks = self._ticks(self._expiry, hot, records, slice(start, stop))
+            stop = start + _until_someone_expires(self._expiry, records.user[start:stop], ticks)
+            ticks = Ticks(*(column[: stop - start] for column in ticks))
+        codes, first, user = np.unique(records.user[start:stop], return_index=True, return_inverse=True)
+        return _Part(slice(start, stop), codes, user.astype(np.int64), first, ticks)
 
-    def _write(self, store: UserStore, users: _Users, learned: NDArray[np.int32], offset: int) -> None:
+    def _learn(self, hot: HotRows, records: Interactions, columns: EventColumns, part: _Part) -> Adapted:
+        """One commit: reads the users' rows, walks the events, writes the rows that learned something."""
+        memory = self._memory
+        slots, unknown = hot.acquire([records.user_ids[code].encode() for code in part.codes.tolist()])
+        starting = np.zeros(len(slots), np.bool_)
+        starting[unknown] = True
+        if self._expiry is not None and part.ticks is not None:
+            seen, first = seen_ms(self.layout, memory.slab, slots), part.first
+            idle = self._expiry.idle(seen, part.ticks.before[first], part.ticks.since[first]) & ~starting
+            starting |= idle
+            self.counts.users_expired += int(idle.sum())
+        memory.slab[slots[starting]] = self._started(records, part.codes[starting])
+        event_slots = slots[part.user]
+        adapted = self._adaptation.learn(memory.slab, _part(columns, part.events, event_slots), self.model.items)
+        self._write(hot, records, part, slots, adapted.applied)
+        self.counts.events += len(event_slots)
+        self.counts.skipped += len(event_slots) - int(adapted.applied.sum())
+        self.counts.guarded += adapted.guarded
+        self.counts.users_created += len(unknown)
+        return adapted
+
+    def _started(self, records: Interactions, codes: NDArray[np.int32]) -> Slab:
+        """(len(codes), row_bytes) rows of these users before their first event."""
+        chosen = codes.tolist()
+        features = {name: tuple(column[code] for code in chosen) for name, column in records.user_features.items()}
+        means = self.model.initial_means([records.user_ids[code] for code in chosen], features)
+        return new_rows(self.layout, self.model.first, self.model.second, means, self.model.meta_version)
+
+    def _write(
+        self, hot: HotRows, records: Interactions, part: _Part, slots: NDArray[np.int32], applied: NDArray[np.bool_]
+    ) -> None:
         """Writes the rows that learned something, with the offset, which never steps back."""
-        changed = np.zeros(len(users.keys), np.bool_)
-        changed[learned] = True
-        before = store.offset()
-        if before is not None and offset <= before and not len(learned):
+        learned = np.zeros(len(slots), np.bool_)
+        learned[part.user[applied]] = True
+        before, offset = hot.progress(), int(records.offset[part.events][-1])
+        if before is not None and offset <= before.offset and not learned.any():
             return
-        offset = offset if before is None else max(offset, before)
-        version = self.model.meta_version
-        if changed.all():
-            store.write_batch(users.keys, users.rows, offset=offset, meta_version=version)
-        else:
-            keys = [users.keys[k] for k in np.flatnonzero(changed).tolist()]
-            store.write_batch(keys, users.rows[changed], offset=offset, meta_version=version)
+        clock = b""
+        if part.ticks is not None:
+            last = np.empty(len(slots), np.int64)
+            last[part.user] = np.arange(len(part.user))
+            set_seen(self.layout, self._memory.slab, slots[learned], part.ticks.after[last[learned]])
+            clock = pack_clock(part.ticks.states[-1])
+        offset = offset if before is None else max(offset, before.offset)
+        hot.write(slots[learned], offset, self.model.meta_version, clock)
+
+    def _ticks(self, expiry: Expiry, hot: HotRows, records: Interactions, events: slice) -> Ticks:
+        """The event clock at these events; those that the store has counted already do not move it."""
+        progress = hot.progress()
+        state = unpack_clock(b"" if progress is None else progress.clock)
+        state = new_clock() if state is None else state
+        counted = 0 if progress is None else int(np.searchsorted(records.offset[events], progress.offset, side="right"))
+        return advance(state, records.event_time_ms[events], expiry.step_ms, counted)
+
+    def _idle_now(self, hot: HotRows, rows: Slab) -> NDArray[np.bool_]:
+        progress = hot.progress()
+        return (
+            np.zeros(len(rows), np.bool_)
+            if self._expiry is None or progress is None
+            else self._expiry.idle_now(seen_ms(self.layout, rows), progress.clock)
+        )
 
     def _item_hashes(self, item_ids: tuple[str, ...]) -> NDArray[np.uint64]:
         known = self._hashes
@@ -182,6 +244,16 @@ def _part(columns: EventColumns, part: slice, slot: NDArray[np.int32]) -> EventC
         slot, columns.item[part], columns.label[part], columns.grade[part], columns.event_time_ms[part],
         columns.offset[part], columns.item_row, columns.item_hash,
     )  # fmt: skip
+
+
+def _until_someone_expires(expiry: Expiry, user: NDArray[np.int32], ticks: Ticks) -> int:
+    """How many of the events come before one whose user had been idle for too long since the event before."""
+    order = np.argsort(user, kind="stable")
+    earlier, later = order[:-1], order[1:]
+    again = user[earlier] == user[later]
+    earlier, later = earlier[again], later[again]
+    late = later[expiry.idle(ticks.after[earlier], ticks.before[later], ticks.since[later])]
+    return int(late.min()) if len(late) else len(user)
 
 
 def row_parts(layout: RowLayout) -> dict[str, float]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.settings import Settings
+from configs.settings import Settings, StateSettings
 from learner.artifact import Artifact, library_versions, read_artifact, write_artifact
 from learner.baselines import run_baselines
 from learner.features import Catalogue
@@ -21,7 +21,8 @@ from learner.meta_training import EpochReport, meta_train
 from learner.metrics import Metrics, evaluate, event_index
 from learner.user_state import RowLayout
 from state.exceptions import StoreError
-from state.store import RocksUserStore
+from state.rocksdb import MEBIBYTE, StoreMemory
+from state.store import RocksUserStore, SyncPolicy
 from streams.data_notes import data_notes
 from streams.ordering import OrderedEvents
 from streams.processor import OpenStore, Processor, row_parts
@@ -168,7 +169,7 @@ class Backtest:
             serving = artifact.serving(data.users, data.items)
             with temporary_directory(self.settings.state.directory, "state") as directory:
                 recorder = _Recorder()
-                with Processor(serving, rocks_stores(directory), self.settings.state) as stream:
+                with Processor(serving, rocks_stores(directory, self.settings.state), self.settings.state) as stream:
                     seconds = self._stream(data, stream, recorder)
                     parts = row_parts(stream.layout)
                 state = StateSize(len(recorder.users), sum(parts.values()), parts)
@@ -288,10 +289,12 @@ def temporary_directory(kept: Path | None, purpose: str) -> Iterator[Path]:
         yield Path(directory)
 
 
-def rocks_stores(directory: Path) -> OpenStore:
-    """One RocksDB per partition under ``directory``."""
+def rocks_stores(directory: Path, state: StateSettings) -> OpenStore:
+    """One RocksDB per partition under ``directory``, all of them in one process's memory limits."""
+    memory = StoreMemory(state.block_cache_mb * MEBIBYTE, state.write_buffers_mb * MEBIBYTE)
+    sync = SyncPolicy(state.sync.mode, state.sync.interval_ms)
 
     def open_store(partition: int, layout: RowLayout) -> RocksUserStore:
-        return RocksUserStore(directory / f"partition-{partition}", layout)
+        return RocksUserStore(directory / f"partition-{partition}", layout, memory, sync)
 
     return open_store

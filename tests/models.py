@@ -7,7 +7,10 @@ from numpy.typing import NDArray
 
 from learner.features import FeatureEncoder, FeatureField, SparseRows
 from learner.interactions import Interactions
-from learner.serving import FirstFilter, FixedPart, HeadKind, SecondFilter, ServingModel
+from learner.serving import FirstFilter, FixedPart, SecondFilter, ServingModel
+from learner.user_state import HeadKind, RowLayout, Slab
+from state import codec
+from state.store import UserStore
 
 HEADS: tuple[HeadKind, ...] = ("full", "diagonal", "gradient")
 ITEMS = 12
@@ -107,3 +110,20 @@ def random_stream(events: int, users: int, seed: int = 0) -> Interactions:
         stream.user_ids, stream.item_ids, stream.user, stream.item, stream.label, stream.value,
         stream.event_time_ms, stream.offset, {"plan": plans},
     )  # fmt: skip
+
+
+def sealed(layout: RowLayout, users: list[bytes], rows: Slab) -> Slab:
+    """The rows as a store gives them back: with version, owner and checksum."""
+    values = codec.encode(layout, users, rows)
+    return np.frombuffer(b"".join(values), np.uint8).reshape(len(users), layout.row_bytes)
+
+
+def at(store: UserStore) -> tuple[int | None, int | None]:
+    """(offset, meta version) of a store's progress."""
+    progress = store.progress()
+    return (None, None) if progress is None else (progress.offset, progress.meta_version)
+
+
+def offset_of(store: UserStore) -> int | None:
+    """The last source offset that a store has applied."""
+    return at(store)[0]

@@ -15,6 +15,7 @@ from learner.artifact import read_artifact
 from learner.baselines import BASELINES
 from learner.user_state import RowLayout
 from state.store import RocksUserStore
+from tests.models import offset_of
 
 RING = 32
 """The default of state.ring."""
@@ -150,7 +151,7 @@ def test_the_state_directory_holds_one_row_per_online_user(with_model, state, mo
     layout = RowLayout.of(serving.first, serving.second, RING)
     with RocksUserStore(state / "partition-0", layout) as store:
         held = {user.decode(): layout.rows(row.reshape(1, -1))[0] for user, row in store.iterate()}
-        offset = store.offset()
+        offset = offset_of(store)
     assert set(held) == cut[1]
     assert with_model.result["state"] == {"users": len(held), "bytes_per_user": layout.row_bytes}
     assert {user: int(row["events"]) for user, row in held.items()} == {

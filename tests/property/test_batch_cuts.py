@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from configs.settings import StateSettings
 from learner.interactions import Interactions
-from learner.serving import HeadKind
-from learner.user_state import RowLayout
-from state.store import MemoryUserStore, RocksUserStore, UserStore
+from learner.user_state import HeadKind, RowLayout
+from state.memory_store import MemoryUserStore
+from state.store import RocksUserStore, UserStore
 from streams.processor import Processor
-from tests.models import HEADS, random_stream, small_model
+from tests.models import HEADS, offset_of, random_stream, small_model
 
 EVENTS = 600
 Outcome = tuple[bytes, bytes, dict[bytes, bytes], int | None]
@@ -52,7 +52,7 @@ def outcome(
             rows = {user: row.tobytes() for user, row in work.store(0).iterate()}
             return (
                 np.concatenate([f.logit for f in found]).tobytes(),
-                np.concatenate([f.probability for f in found]).tobytes(), rows, work.store(0).offset(),
+                np.concatenate([f.probability for f in found]).tobytes(), rows, offset_of(work.store(0)),
             )  # fmt: skip
 
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from configs.settings import StateSettings
 from learner.interactions import Interactions
-from learner.serving import HeadKind
-from learner.user_state import RowLayout
-from state.store import MemoryUserStore, RocksUserStore, UserStore
+from learner.user_state import HeadKind, RowLayout
+from state.memory_store import MemoryUserStore
+from state.store import RocksUserStore, UserStore
 from streams.processor import Counts, Predictions, Processor
-from tests.models import HEADS, random_stream, small_model
+from tests.models import HEADS, offset_of, random_stream, small_model
 
 EVENTS = 300
 
@@ -31,11 +31,11 @@ class DyingStore(RocksUserStore):
 
     commits_left = 0
 
-    def write_batch(self, users, rows, *, offset, meta_version):
+    def write_batch(self, users, rows, progress, *, deleted=()):
         if self.commits_left == 0:
             raise Crash
         self.commits_left -= 1
-        super().write_batch(users, rows, offset=offset, meta_version=meta_version)
+        super().write_batch(users, rows, progress, deleted=deleted)
 
 
 @cache
@@ -74,13 +74,13 @@ def check_replay(kind: HeadKind, path: Path, commit_events: int, commits: int) -
     expected, rows = clean_pass(kind)
     state = StateSettings(commit_events=7, ring=4)
     with Processor(small_model(kind), lambda _, layout: RocksUserStore(path, layout), state) as work:
-        assert work.store(0).offset() == (int(stream().offset[survived - 1]) if survived else None)
+        assert offset_of(work.store(0)) == (int(stream().offset[survived - 1]) if survived else None)
         again = work.process(0, stream())
         assert again.applied.tolist() == [False] * survived + [True] * (EVENTS - survived)
         assert np.isnan(again.logit[:survived]).all()
         np.testing.assert_array_equal(again.logit[survived:], expected.logit[survived:])
         assert held(work.store(0)) == rows
-        assert work.store(0).offset() == stream().offset[-1]
+        assert offset_of(work.store(0)) == stream().offset[-1]
         known = len(set(stream().user[:survived].tolist()))
         users = len(set(stream().user.tolist()))
         assert work.counts == Counts(events=EVENTS, skipped=survived, guarded=0, users_created=users - known)

@@ -10,7 +10,17 @@ import pytest
 
 from learner.adaptation import Adaptation, Adapted, EventColumns
 from learner.serving import FirstFilter, ItemTable, SecondFilter
-from learner.user_state import NO_GRADE, RowLayout, item_hash, new_rows, recent_events, ring_item
+from learner.user_state import (
+    MAX_AGE_S,
+    NO_GRADE,
+    RowLayout,
+    age_code,
+    age_of,
+    item_hash,
+    new_rows,
+    recent_events,
+    ring_item,
+)
 from tests.models import GRADES, HEADS, first_filter, second_filter
 
 ITEMS = 9
@@ -294,8 +304,8 @@ def test_the_header_and_the_ring_keep_what_was_applied():
     assert recent.item.tolist() == [ring_item(item_hash(str(k))) for k in events.item[-4:]]
     assert recent.label.tolist() == events.label[-4:].tolist()
     assert recent.grade.tolist() == [NO_GRADE if g == len(GRADES) else g for g in events.grade[-4:]]
-    hours = (events.event_time_ms[-4:] - events.event_time_ms[0]) // HOUR
-    assert recent.time_ms.tolist() == (events.event_time_ms[0] + hours * HOUR).tolist()
+    age = (events.event_time_ms[-4:] - events.event_time_ms[0]) // 1000
+    assert recent.time_ms.tolist() == (events.event_time_ms[0] + 1000 * age_of(age_code(age))).tolist()
 
 
 def test_ledgers_agree_only_for_the_same_events_in_the_same_order():
@@ -319,18 +329,23 @@ def test_ledgers_agree_only_for_the_same_events_in_the_same_order():
     assert ledger(doubled) != ledger(events)
 
 
-def test_hours_in_the_ring_stop_at_their_limit():
+@pytest.mark.parametrize("age_s", [0, 1, 4095, 4096, 8191, 8192, 86_399, 31_536_000, MAX_AGE_S - 1])
+def test_the_kernel_writes_ages_as_they_are_documented(age_s):
+    learner, first = Learner(first_filter(), None, ring=4), one_event(offset=0)
+    learner.learn(first)
+    learner.learn(replace(one_event(offset=1), event_time_ms=first.event_time_ms + 1000 * age_s + 999))
+    code = learner.rows["ring"][0, 1] & np.uint64(0x1FFFF)
+    assert code == age_code(np.array([age_s]))[0]
+
+
+def test_ages_in_the_ring_stop_at_their_limits():
     learner = Learner(first_filter(), None, ring=4)
     learner.learn(one_event(offset=0))
     late = one_event(offset=1)
-    learner.learn(replace(late, event_time_ms=late.event_time_ms + (1 << 18) * HOUR))
+    learner.learn(replace(late, event_time_ms=late.event_time_ms + 2000 * MAX_AGE_S))
     learner.learn(replace(one_event(offset=2), event_time_ms=np.array([0])))
     start = int(learner.rows["first_time_ms"][0])
-    assert [(t - start) // HOUR for t in recent_events(learner.layout, learner.rows[0]).time_ms] == [
-        0,
-        (1 << 17) - 1,
-        0,
-    ]
+    assert [(t - start) // 1000 for t in recent_events(learner.layout, learner.rows[0]).time_ms] == [0, MAX_AGE_S, 0]
 
 
 # --- the guard ----------------------------------------------------------------------------------------------------
@@ -417,5 +432,5 @@ def test_a_model_with_a_constant_that_is_not_finite_is_refused():
 
 
 def test_rows_of_another_model_are_refused():
-    with pytest.raises(ValueError, match=r"the rows are row-v1 head=full .* but the model needs row-v1 head=diagonal"):
+    with pytest.raises(ValueError, match=r"the rows are row-v2 head=full .* but the model needs row-v2 head=diagonal"):
         Adaptation(RowLayout.of(first_filter("full"), None, 4), first_filter("diagonal"), None)

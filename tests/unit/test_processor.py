@@ -11,9 +11,10 @@ from configs.settings import StateSettings
 from learner.interactions import Interactions
 from learner.user_state import RowLayout, new_rows
 from state.exceptions import StoreClosed
-from state.store import MemoryUserStore, RocksUserStore, UserStore
+from state.memory_store import MemoryUserStore
+from state.store import RocksUserStore, UserStore
 from streams.processor import Counts, Processor
-from tests.models import random_stream, small_model
+from tests.models import at, offset_of, random_stream, small_model
 
 
 class Kept:
@@ -33,9 +34,9 @@ class CountingStore(MemoryUserStore):
         super().__init__(layout)
         self.batches: list[tuple[list[bytes], int]] = []
 
-    def write_batch(self, users, rows, *, offset, meta_version):
-        self.batches.append((list(users), offset))
-        super().write_batch(users, rows, offset=offset, meta_version=meta_version)
+    def write_batch(self, users, rows, progress, *, deleted=()):
+        self.batches.append((list(users), progress.offset))
+        super().write_batch(users, rows, progress, deleted=deleted)
 
     def close(self) -> None:
         """Stays readable."""
@@ -80,14 +81,14 @@ def test_rows_carry_the_meta_version_they_start_from():
     work.process(0, random_stream(10, 3))
     rows, _ = opened.stores[0].get_many([b"u0", b"u1", b"u2"])
     assert work.layout.rows(rows)["meta_version"].tolist() == [6, 6, 6]
-    assert opened.stores[0].meta_version() == 6
+    assert at(opened.stores[0])[1] == 6
 
 
 def test_commits_hold_at_most_so_many_events_and_the_offset_of_their_last():
     stream, opened = random_stream(25, 4), Kept()
     processor(opened, commit_events=10).process(0, stream)
     assert [offset for _, offset in opened.stores[0].batches] == stream.offset[[9, 19, 24]].tolist()
-    assert opened.stores[0].offset() == stream.offset[-1]
+    assert offset_of(opened.stores[0]) == stream.offset[-1]
 
 
 def test_a_commit_writes_only_the_users_it_met():
@@ -118,7 +119,7 @@ def test_a_replay_from_the_middle_ends_as_one_pass_does():
     found = work.process(0, stream.take(slice(40, 120)))
     assert found.applied.tolist() == [False] * 30 + [True] * 50
     assert_same_rows(dict(once.stores[0].iterate()), dict(twice.stores[0].iterate()))
-    assert twice.stores[0].offset() == stream.offset[-1]
+    assert offset_of(twice.stores[0]) == stream.offset[-1]
 
 
 def test_a_replay_never_moves_the_offset_back():
@@ -126,7 +127,7 @@ def test_a_replay_never_moves_the_offset_back():
     work = processor(opened)
     work.process(0, stream.take(slice(40, 50)))
     work.process(0, stream.take(slice(0, 10)))
-    assert opened.stores[0].offset() == stream.offset[49]
+    assert offset_of(opened.stores[0]) == stream.offset[49]
 
 
 def test_partitions_have_stores_of_their_own():
@@ -188,7 +189,7 @@ def test_closing_closes_the_stores():
     work.close()
     work.close()
     with pytest.raises(StoreClosed):
-        store.offset()
+        store.progress()
 
 
 def test_a_user_who_is_only_asked_about_has_no_row():

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from learner.user_state import RowLayout
+from state.codec import Progress
 from state.exceptions import StoreUnreadable
 from state.query import query_user
 from state.store import RocksUserStore
@@ -25,7 +26,7 @@ def store(tmp_path):
     row["mean"], row["covariance"] = [0.5, -1.0], [0.3, 0.1, 0.2]
     row["ring"][0, :3] = [1 << 23, 0, 1 << 23]
     with RocksUserStore(tmp_path / "partition-0", layout) as store:
-        store.write_batch([b"ann"], slab, offset=9, meta_version=2)
+        store.write_batch([b"ann"], slab, Progress(9, 2))
         yield tmp_path
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from learner.ledger import extend_ledger
 from learner.user_state import (
     LAYOUT_VERSION,
+    MAX_AGE_S,
     NO_GRADE,
     RowLayout,
-    extend_ledger,
+    age_code,
+    age_of,
     item_hash,
     new_rows,
     recent_events,
@@ -40,7 +43,7 @@ def test_the_fields_stand_at_the_bytes_of_the_documentation():
     fields = RowLayout("full", 16, 8, 32).dtype.fields
     assert {name: fields[name][1] for name in fields} == {
         "layout_version": 0, "checksum": 4, "events": 8, "last_offset": 16, "first_time_ms": 24, "last_time_ms": 32,
-        "ledger": 40, "meta_version": 48, "guarded": 56, "reserved": 60, "mean": 64, "covariance": 128,
+        "ledger": 40, "meta_version": 48, "seen_s": 52, "guarded": 56, "owner": 60, "mean": 64, "covariance": 128,
         "second_mean": 672, "second_covariance": 704, "padding": 848, "ring": 848,
     }  # fmt: skip
 
@@ -72,7 +75,7 @@ def test_writing_to_the_view_writes_the_slab():
 
 
 def test_a_slab_of_other_rows_is_refused():
-    with pytest.raises(ValueError, match=r"rows of 100 bytes, but row-v1 head=full d=2 second=0 ring=0 has 88"):
+    with pytest.raises(ValueError, match=r"rows of 100 bytes, but row-v2 head=full d=2 second=0 ring=0 has 88"):
         RowLayout("full", 2, 0, 0).rows(np.zeros((1, 100), np.uint8))
 
 
@@ -98,8 +101,8 @@ def test_the_ring_is_read_from_the_oldest_event_on():
     row = layout.rows(np.zeros((1, layout.row_bytes), np.uint8))
     row["events"], row["first_time_ms"] = 4, 1_000
 
-    def entry(item: int, label: int, grade: int, hours: int) -> int:
-        return item << 24 | label << 23 | grade << 17 | hours
+    def entry(item: int, label: int, grade: int, age: int) -> int:
+        return item << 24 | label << 23 | grade << 17 | age
 
     row["ring"] = [[entry(44, 1, NO_GRADE, 9), entry(22, 0, 2, 5), entry(33, 1, 3, 7)]]
     recent = recent_events(layout, row[0])
@@ -107,7 +110,28 @@ def test_the_ring_is_read_from_the_oldest_event_on():
     assert recent.item.tolist() == [22, 33, 44]
     assert recent.label.tolist() == [0, 1, 1]
     assert recent.grade.tolist() == [2, 3, NO_GRADE]
-    assert recent.time_ms.tolist() == [1_000 + h * 3_600_000 for h in (5, 7, 9)]
+    assert recent.time_ms.tolist() == [1_000 + 1000 * age for age in (5, 7, 9)]
+
+
+@pytest.mark.parametrize(
+    ("age", "code"),
+    [(0, 0), (1, 1), (4095, 4095), (8191, 8191), (8192, 4096 + 4096), (86_400, 0x4000 + 5400), (MAX_AGE_S, 0x1FFFF)],
+)
+def test_an_age_is_kept_with_thirteen_significant_bits(age, code):
+    assert age_code(np.array([age])).tolist() == [code]
+    assert age_of(np.array([code], np.uint64)).tolist() == [age]
+
+
+def test_ages_are_rounded_down_by_less_than_a_4096th_and_stay_in_order():
+    ages = np.unique(np.geomspace(1, MAX_AGE_S, 5_000).astype(np.int64))
+    codes = age_code(ages)
+    read = age_of(codes)
+    assert (np.diff(codes.astype(np.int64)) >= 0).all()
+    assert ((ages - read >= 0) & (ages - read <= ages / 4096)).all()
+
+
+def test_an_age_outside_the_range_reads_as_its_end():
+    assert age_of(age_code(np.array([-5, MAX_AGE_S * 2]))).tolist() == [0, MAX_AGE_S]
 
 
 def test_a_row_without_a_ring_has_no_recent_events():

@@ -1,0 +1,185 @@
+"""Users' rows in memory: a bounded slab that all partitions of a process share, written often and read rarely.
+
+Rows are changed in place (``HotRows.memory.slab`` by slot) and written through at every commit, so between two commits
+a slot holds what the store holds, and giving it up costs nothing. Which slot is given up: the clock algorithm (Corbató
+1968), which passes over a slot once for each time it was used since.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import repeat
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learner.user_state import RowLayout
+from state.codec import UNKNOWN, Progress
+from state.store import UserStore
+
+_WINDOW = 4096
+"""Slots that the clock's hand looks at in one step"""
+
+
+class HotMemory:
+    """Slots for the rows of one layout. ``slab`` is (capacity, row_bytes); the system gives memory as slots fill."""
+
+    def __init__(self, layout: RowLayout, capacity: int) -> None:
+        self.layout = layout
+        self.capacity = capacity
+        self.slab = np.zeros((capacity, layout.row_bytes), np.uint8)
+        self.rows = layout.rows(self.slab)
+        self.stored_events = np.zeros(capacity, np.int64)
+        """(capacity,) events of the row as the store has it; −1: the store has no such row"""
+        self.users: list[bytes] = [b""] * capacity
+        self._owners: list[dict[bytes, int]] = [{}] * capacity
+        self._held = np.zeros(capacity, np.bool_)
+        self._used = np.zeros(capacity, np.bool_)
+        self._commit = np.full(capacity, -1, np.int64)
+        self._current = 0
+        self._fresh = 0
+        self._free: list[int] = []
+        self._hand = 0
+
+    def begin(self) -> None:
+        """A new commit: slots taken before it may be given up."""
+        self._current += 1
+
+    def touch(self, slots: NDArray[np.int32]) -> None:
+        """These slots are in use by this commit, and stay."""
+        self._used[slots] = True
+        self._commit[slots] = self._current
+
+    def take(self, users: Sequence[bytes], owner: dict[bytes, int]) -> NDArray[np.int32]:
+        """A slot for each user, entered in ``owner``. ValueError when this commit alone needs more than there are."""
+        slots = self._slots(len(users))
+        chosen = slots.tolist()
+        for slot, user in zip(chosen, users, strict=True):
+            self.users[slot] = user
+            self._owners[slot] = owner
+        owner.update(zip(users, chosen, strict=True))
+        self._held[slots] = True
+        self.touch(slots)
+        return slots
+
+    def give_up(self, slots: list[int]) -> None:
+        """Empties slots that hold a user, whatever row is in them."""
+        for slot in slots:
+            del self._owners[slot][self.users[slot]]
+        self._held[slots] = False
+        self._used[slots] = False
+        self._commit[slots] = -1
+        self._free += slots
+
+    def _slots(self, count: int) -> NDArray[np.int32]:
+        reused = min(count, len(self._free))
+        slots = [self._free.pop() for _ in range(reused)]
+        fresh = min(count - reused, self.capacity - self._fresh)
+        slots += range(self._fresh, self._fresh + fresh)
+        self._fresh += fresh
+        if len(slots) < count:
+            self._evict(count - len(slots))
+            slots += [self._free.pop() for _ in range(count - len(slots))]
+        return np.array(slots, np.int32)
+
+    def _evict(self, count: int) -> None:
+        idle_windows = 0
+        while count > 0:
+            window = slice(self._hand, min(self._hand + _WINDOW, self.capacity))
+            others = self._held[window] & (self._commit[window] != self._current)
+            victims = np.flatnonzero(others & ~self._used[window])[:count]
+            passed = int(victims[-1]) + 1 if len(victims) == count else window.stop - window.start
+            idle_windows = 0 if others.any() else idle_windows + 1
+            if idle_windows * _WINDOW > self.capacity + _WINDOW:
+                raise ValueError(
+                    f"a commit needs more than the {self.capacity:,} rows that fit into memory: "
+                    "raise state.hot_rows_mb, or lower state.commit_events"
+                )
+            self._used[window.start : window.start + passed] &= ~others[:passed]
+            self.give_up((victims + window.start).tolist())
+            count -= len(victims)
+            self._hand = (window.start + passed) % self.capacity
+
+
+class Acquired(NamedTuple):
+    """Rows of U users, ready to be changed in place."""
+
+    slots: NDArray[np.int32]
+    """(U,) in the order asked"""
+    unknown: NDArray[np.int64]
+    """Places among the U whom the store does not know: their slots hold zeros until the caller starts them"""
+
+
+class HotRows:
+    """One partition's rows: those in memory, and the store behind them. Not for several threads at once."""
+
+    def __init__(self, store: UserStore, memory: HotMemory) -> None:
+        self.store = store
+        self.memory = memory
+        self._index: dict[bytes, int] = {}
+        self._progress: Progress | None = None
+        self._progress_known = False
+
+    def acquire(self, users: Sequence[bytes]) -> Acquired:
+        """Slots of distinct users, read from the store where they are not in memory. It begins a commit.
+
+        They stay until the next ``acquire`` of any partition. Raises StoreError and ValueError (too many users).
+        """
+        memory = self.memory
+        memory.begin()
+        slots = np.fromiter(map(self._index.get, users, repeat(-1)), np.int32, len(users))
+        absent = np.flatnonzero(slots < 0)
+        if not len(absent):
+            memory.touch(slots)
+            return Acquired(slots, absent)
+        memory.touch(slots[slots >= 0])
+        absent = np.array(sorted(absent.tolist(), key=users.__getitem__), np.int64)  # in key order they read faster
+        names = [users[k] for k in absent.tolist()]
+        rows, found = self.store.get_many(names)
+        slots[absent] = taken = memory.take(names, self._index)
+        memory.slab[taken] = rows
+        memory.stored_events[taken] = np.where(found, memory.rows["events"][taken], UNKNOWN)
+        return Acquired(slots, absent[~found])
+
+    def write(self, slots: NDArray[np.int32], offset: int, meta_version: int, clock: bytes = b"") -> None:
+        """Makes these rows durable together with the progress, whose users and events follow from the rows.
+
+        When the store refuses, what is in memory of the partition is dropped and the error goes on: the rows there
+        have learned what the store has not.
+        """
+        memory = self.memory
+        before, after = memory.stored_events[slots], memory.rows["events"][slots].astype(np.int64)
+        progress = Progress(offset, meta_version, int((before < 0).sum()), int((after - np.maximum(before, 0)).sum()),
+                            time.time_ns() // 1_000_000, clock)  # fmt: skip
+        progress = _added(self.progress(), progress)
+        try:
+            self.store.write_batch([memory.users[k] for k in slots.tolist()], memory.slab[slots], progress)
+        except BaseException:
+            self.forget()
+            raise
+        self._progress = progress
+        memory.stored_events[slots] = after
+
+    def progress(self) -> Progress | None:
+        """The store's, from memory."""
+        if not self._progress_known:
+            self._progress, self._progress_known = self.store.progress(), True
+        return self._progress
+
+    def forget(self, users: Sequence[bytes] | None = None) -> None:
+        """Drops users, or all, from memory: the store's rows count."""
+        slots = list(self._index.values()) if users is None else [self._index[u] for u in users if u in self._index]
+        self.memory.give_up(slots)
+        self._progress_known = False
+
+
+def _added(before: Progress | None, change: Progress) -> Progress:
+    """The progress after a change of so many users and events; unknown stays unknown."""
+    if before is None:
+        return change
+    if before.users == UNKNOWN:
+        return replace(change, users=UNKNOWN, events=UNKNOWN)
+    return replace(change, users=before.users + change.users, events=before.events + change.events)

@@ -1,0 +1,78 @@
+"""The twin of ``RocksUserStore`` in a dictionary: the same contract, for tests and for runs that need no durability."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from learner.user_state import RowLayout, Slab
+from state import codec
+from state.codec import Progress
+from state.exceptions import StoreClosed
+from state.store import found_rows
+
+
+class MemoryUserStore:
+    """See ``state.store.UserStore``; rows are held as they would be stored."""
+
+    def __init__(self, layout: RowLayout) -> None:
+        self.layout = layout
+        self._rows: dict[bytes, bytes] | None = {}
+        self._progress: bytes | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def get_many(self, users: Sequence[bytes]) -> tuple[Slab, NDArray[np.bool_]]:
+        """See ``UserStore``."""
+        return found_rows(self.layout, users, list(map(self._held().get, users)))
+
+    def write_batch(
+        self, users: Sequence[bytes], rows: Slab, progress: Progress | None, *, deleted: Sequence[bytes] = ()
+    ) -> None:
+        """See ``UserStore``."""
+        self._held().update(zip(users, codec.encode(self.layout, users, rows), strict=True))
+        for user in deleted:
+            self._held().pop(user, None)
+        if progress is not None:
+            self._progress = progress.encode()
+
+    def progress(self) -> Progress | None:
+        """See ``UserStore``."""
+        self._held()
+        return None if self._progress is None else Progress.decode(self._progress)
+
+    def iterate(self, after: bytes | None = None) -> Iterator[tuple[bytes, NDArray[np.uint8]]]:
+        """See ``UserStore``."""
+        return self._walk(sorted((u, v) for u, v in self._held().items() if after is None or u > after))
+
+    def approximate_count(self) -> int:
+        """See ``UserStore``; exact here."""
+        return len(self._held())
+
+    def sync(self) -> None:
+        """See ``UserStore``; memory has nothing to force."""
+        self._held()
+
+    def close(self) -> None:
+        """See ``UserStore``; the rows are gone."""
+        self._rows = None
+
+    def _walk(self, rows: list[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, NDArray[np.uint8]]]:
+        for user, row in rows:
+            self._held()
+            yield user, codec.decode(self.layout, [user], [row])[0]
+
+    def _held(self) -> dict[bytes, bytes]:
+        if self._rows is None:
+            raise StoreClosed("the store in memory is closed: make another")
+        return self._rows

@@ -17,8 +17,8 @@ import numpy as np
 from benchmarks.command import Options, standalone
 from benchmarks.report import Figure
 from learner.adaptation import Adaptation, EventColumns
-from learner.serving import FirstFilter, HeadKind, ItemTable, SecondFilter
-from learner.user_state import RowLayout, Slab, new_rows, packed_width
+from learner.serving import FirstFilter, ItemTable, SecondFilter
+from learner.user_state import HeadKind, RowLayout, Slab, new_rows, packed_width
 
 EVENTS = 1_000_000
 USERS = 1_800

@@ -1,64 +1,100 @@
-"""What time it is on a stream, by its events: for expiry. No single event, user or wrong device can set this clock.
+"""Who has been away for too long, by a stream's own events: for expiry. No single event and no single user decides it.
 
-The inner clock steps towards each event's time, by at most one *step*: a running median, which a minority of odd times
-cannot drag away. The clock that is told is the furthest that the inner one has been, so it never goes back. It is told
-only while it is *settled*: after its first events, and after a gap in the stream, the inner clock lags behind the
-events until it has caught up; meanwhile nobody can be called idle.
+What time it is. The clock hears the first event of each *turn*, which is a run of events of one user, and steps towards
+its time, by at most one step: a running median, which a minority of odd times cannot drag away. It may lag (after a gap
+in the stream it needs as many turns as the gap has steps), and odd times may push it ahead, by a step each.
 
-It depends on the events in their order alone, not on how they were cut into batches.
+When a user was last here. Not by any time, but by the offset of the user's latest event. The clock keeps *marks*: (an
+offset, a time), saying that the events up to that offset were at that time or before. A mark is made with hindsight, as
+soon as enough later turns show that the clock does not lag. Once the clock is ahead of a mark by more than the limit,
+all users whose latest event came at or before the mark's offset are idle. That offset never goes back, so who is idle
+stays idle until the next event, whenever it is asked.
+
+What holds while odd turns never outnumber the honest ones by ODD_TURNS in any stretch of the stream, honest events
+being in the order of their times: the clock is ahead of the honest time by less than ODD_TURNS steps, and no mark is
+earlier than the honest time at its offset. So who is idle has been away for longer than the limit, less ODD_TURNS
+steps.
+
+All depends on the events in their order alone, not on how they were cut into batches.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import hashlib
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-FIRST_EVENTS = 32
-"""The clock starts at the earliest time among these: an odd one that lies behind is caught up with."""
-LAG_LIMIT = 32
-"""Settled is a clock that fewer than so many recent events, net, were more than a step ahead of."""
-MOST_LAG = 64
-"""The count of such events stops here, so that settling takes as many events that agree, less LAG_LIMIT."""
-NOW, TOLD, SINCE, LAG, COUNT = range(5)
-"""Places in the clock's state, (5,) int64: inner clock, told clock, when it last settled, lag, and how many events
-came, counted up to FIRST_EVENTS"""
+if TYPE_CHECKING:
+    from learner.interactions import Interactions
+
+ODD_TURNS = 32
+"""So many turns more that agree with the clock than are ahead of it cannot all be odd: they make a mark."""
+FIRST_TURNS = 32
+"""The clock starts at the median of the times of so many turns. If most of them are odd it starts far off, and needs as
+many turns as there are steps to come back; until then nobody is idle."""
+MARKS = 32
+"""Marks held at most. They are at least a grain apart, so that a limit of 18 grains needs some 20."""
+FARTHEST_MS = 1 << 60
+"""Times beyond it count as this (36 million years): sums and differences then fit 64 bits."""
+
+NOW, COUNT, OPEN, TOP, AGREED, IDLE, HELD, USER = range(8)
+"""Places in the clock's state: the clock, turns so far (up to FIRST_TURNS), the offset that the next mark will have,
+the furthest that the clock was since then, turns since then that agree (net), the offset up to which users are idle,
+how many marks are held, and a hash of the id of the latest event's user"""
+TIMES = 8
+"""Where the marks' times begin, the oldest first; until the clock has started, the first turns' times stand here"""
+OFFSETS = TIMES + MARKS
+"""Where the marks' offsets begin"""
+STATE_WIDTH = OFFSETS + MARKS
+NOBODY = -1
+"""The offset up to which users are idle when nobody is"""
+_NO_USER = -1
+"""No id has this hash"""
+
+
+class Pace(NamedTuple):
+    """How the clock runs, in milliseconds."""
+
+    step_ms: int
+    """The most that one turn moves the clock"""
+    limit_ms: int
+    """Users away for longer are idle"""
+    grain_ms: int
+    """How far marks are apart: users may be found idle so much later"""
 
 
 class Ticks(NamedTuple):
-    """The clock at N events, in milliseconds."""
+    """The clock at N events."""
 
-    before: NDArray[np.int64]
-    """(N,) as it was told before the event; 0 while it is not settled"""
-    after: NDArray[np.int64]
-    """(N,) after the event; 0 while it is not settled"""
-    since: NDArray[np.int64]
-    """(N,) when it had last settled before the event"""
-    states: NDArray[np.int64]
-    """(N, 5) the clock's state after each event"""
+    idle: NDArray[np.int64]
+    """(N,) before each event: users whose latest event has this offset or an earlier one are idle"""
+    state: NDArray[np.int64]
+    """(STATE_WIDTH,) after the last event"""
 
 
 def new_clock() -> NDArray[np.int64]:
-    """The state before the first event."""
-    return np.array([0, 0, 0, MOST_LAG, 0], np.int64)
+    """(STATE_WIDTH,) the state before the first event."""
+    state = np.zeros(STATE_WIDTH, np.int64)
+    state[IDLE], state[USER] = NOBODY, _NO_USER
+    return state
 
 
-def advance(state: NDArray[np.int64], times_ms: NDArray[np.int64], step_ms: int, counted: int = 0) -> Ticks:
-    """The clock at each event of a batch, from ``state`` on, which is not changed.
-
-    The first ``counted`` events have moved the clock before: they see it as it stands.
-    """
+def advance(state: NDArray[np.int64], events: Interactions, pace: Pace) -> Ticks:
+    """The clock at each of N events, from ``state`` on, which is not changed. Their offsets rise."""
     from learner.clock_kernel import advance_clock  # not above: who only reads a clock needs no compiled code
 
-    n = len(times_ms)
-    ticks = Ticks(np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros(n, np.int64), np.zeros((n, 5), np.int64))
-    times = np.array(times_ms, np.int64)
-    times.flags.writeable = False
-    advance_clock(state.copy(), times, step_ms, counted, *ticks)
+    n = len(events)
+    ticks = Ticks(np.empty(n, np.int64), state.copy())
+    if n:
+        first, last = (_hash(events.user_ids[events.user[k]]) for k in (0, -1))
+        turns = np.append(first != state[USER], events.user[1:] != events.user[:-1])
+        times = np.clip(events.event_time_ms, -FARTHEST_MS, FARTHEST_MS)
+        advance_clock(ticks.state, times, np.array(events.offset), turns, *pace, ticks.idle)
+        ticks.state[USER] = last
     return ticks
 
 
-def told_ms(state: NDArray[np.int64]) -> int:
-    """What the clock says; 0 while it is not settled."""
-    return int(state[TOLD]) if state[LAG] < LAG_LIMIT else 0
+def _hash(user_id: str) -> int:
+    return int.from_bytes(hashlib.blake2b(user_id.encode(), digest_size=8).digest(), "little", signed=True)

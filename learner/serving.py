@@ -1,7 +1,7 @@
 """The model as the stream uses it: plain arrays, no torch.
 
 Symbols: I items, d width of the first filter, e width of the second (0 when off), G grades, F user feature
-columns, P packed covariance entries d(d+1)/2 (row-major lower triangle: (0,0) (1,0) (1,1) (2,0) …).
+columns. The filters' constants and the items' table are in ``learner.filters``.
 """
 
 from __future__ import annotations
@@ -15,86 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from learner.features import Catalogue, FeatureEncoder, FeatureField, SparseRows
+from learner.filters import FirstFilter as FirstFilter
+from learner.filters import Float as Float
+from learner.filters import ItemTable as ItemTable
+from learner.filters import SecondFilter as SecondFilter
 from learner.interactions import FeatureColumn
-from learner.user_state import HeadKind
-
-Float = NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class FirstFilter:
-    """Meta-learned constants of a user's first filter.
-
-    full and diagonal (extended Kalman filter, logistic observation):
-        v = ψ'Sψ; z = (b + m·ψ) / sqrt(1 + kappa·v); p = σ(z); w = r·p(1−p); k = 1/(1 + w·v)
-        m += Sψ·r·(y−p)·k; S −= w·k·(Sψ)(Sψ)'; diag(S) += drift
-    gradient:
-        z = b + m·ψ; m_j += rate_j·r·ψ_j·(y−p)·(1 + n/tau)^−alpha, n the user's events so far
-    """
-
-    kind: HeadKind
-    initialization: Float
-    """φ_0: (d,)"""
-    covariance: Float
-    """S_0: (P,) packed when full, (d,) when diagonal, (0,) when gradient"""
-    kappa: float
-    """Already multiplied by π/8 (0.3927)."""
-    drift: Float
-    """q: (d,), zeros for gradient"""
-    rate: Float
-    """(d,) step sizes of the gradient head, zeros otherwise"""
-    tau: float
-    alpha: float
-    target: Float
-    """(G + 1,) the y of an event by grade; entry G is unused (an event without a grade uses its label)"""
-    weight: Float
-    """(G + 1,) the r of an event by grade; entry G is for an event without a grade"""
-
-    @property
-    def dim(self) -> int:
-        """d"""
-        return len(self.initialization)
-
-
-@dataclass(frozen=True, slots=True)
-class SecondFilter:
-    """A full-covariance filter over ψ2 = [1, z/2, second_psi_i], base 0, whose prediction is the final one."""
-
-    initialization: Float
-    """(e,)"""
-    covariance: Float
-    """(e(e+1)/2,) packed"""
-    kappa: float
-    drift: Float
-    weight: float
-    """r; the target is always the label"""
-
-    @property
-    def dim(self) -> int:
-        """e"""
-        return len(self.initialization)
-
-
-@dataclass(frozen=True, slots=True)
-class ItemTable:
-    """All that prediction needs of an item; row of an unknown item without features: ψ of the zero embedding."""
-
-    psi: Float
-    """(I, d), first column 1"""
-    base: Float
-    """(I,)"""
-    second_psi: Float
-    """(I, e − 2), or (I, 0)"""
-
-    def grown(self, capacity: int) -> ItemTable:
-        """A copy with room for ``capacity`` rows; rows past the old ones are zero."""
-        return ItemTable(*(_grown(a, capacity) for a in (self.psi, self.base, self.second_psi)))
-
-
-def _grown(array: Float, capacity: int) -> Float:
-    larger = np.zeros((capacity, *array.shape[1:]), np.float32)
-    larger[: len(array)] = array
-    return larger
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +124,32 @@ class ServingModel:
             rows = encoder.encode(raw)
             _add_weighted_rows(means, rows.starts, rows.columns, rows.weights, self.fixed.user_feature_weights)
         return means
+
+    def named_items(self) -> tuple[tuple[str, ...], ItemTable]:
+        """Every item that can be named without an event: the vocabulary, the items met so far, the catalogue's.
+
+        (I ids, their I rows); the last of I + 1 rows is that of an unknown item. Nothing is settled by asking.
+        """
+        met, others = list(self._rows), [item for item in self._items.rows if item not in self._rows]
+        raw = raw_features(self.fixed.item_encoder.fields, self._items, others, range(len(others)), {})
+        width = self.fixed.item_embedding.shape[1]
+        added = project_items(
+            self.fixed, np.zeros((len(raw), width), np.float32), np.zeros(len(raw), np.float32),
+            self.fixed.item_encoder.encode(raw),
+        )  # fmt: skip
+        rows = np.fromiter(self._rows.values(), np.int64, len(met))
+        unknown = slice(self._unknown, self._unknown + 1)
+        columns = zip(
+            (self._table.psi, self._table.base, self._table.second_psi),
+            (added.psi, added.base, added.second_psi),
+            strict=True,
+        )
+        return (*met, *others), ItemTable(*(np.concatenate([old[rows], new, old[unknown]]) for old, new in columns))
+
+    def named_starts(self) -> tuple[tuple[str, ...], Float]:
+        """(U ids, (U, d) means): the start of every user of the catalogue."""
+        users = tuple(self._users.rows)
+        return users, self.initial_means(users, {})
 
     def grades(self, value: NDArray[np.float32]) -> NDArray[np.int32]:
         """(N,) the index of the nearest grade, or G where the event has no value."""

@@ -7,8 +7,7 @@
     24  i64  first_time_ms    event time of the first applied event
     32  i64  last_time_ms     event time of the latest applied event (in stream order, so it may step back)
     40  u64  ledger           hash chain over the applied events, see ``learner.ledger``
-    48  u32  meta_version     version of the model that the adaptive part starts from
-    52  u32  seen_s           the partition's clock when the row last learned, seconds since the epoch; 0 without expiry
+    48  u64  meta_version     version of the model that the adaptive part starts from
     56  u32  guarded          events whose update was refused because it was not finite
     60  u32  owner            hash of the user's id: a row read under another id is damage, see ``state.codec``
     64  f32  mean[d]  covariance[P or d or 0]  second_mean[e]  second_covariance[e(e+1)/2]   (padded to 8 bytes)
@@ -59,8 +58,8 @@ MAX_AGE_S = ((1 << AGE_DIGITS) - 1) << 30
 
 _HEADER: list[tuple[str, str]] = [
     ("layout_version", "<u4"), ("checksum", "<u4"), ("events", "<u8"), ("last_offset", "<i8"),
-    ("first_time_ms", "<i8"), ("last_time_ms", "<i8"), ("ledger", "<u8"), ("meta_version", "<u4"),
-    ("seen_s", "<u4"), ("guarded", "<u4"), ("owner", "<u4"),
+    ("first_time_ms", "<i8"), ("last_time_ms", "<i8"), ("ledger", "<u8"), ("meta_version", "<u8"),
+    ("guarded", "<u4"), ("owner", "<u4"),
 ]  # fmt: skip
 
 _FINGERPRINT = re.compile(r"row-v\d+ head=(full|diagonal|gradient) d=(\d+) second=(\d+) ring=(\d+)")

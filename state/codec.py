@@ -3,20 +3,19 @@
 A row on disk is the kernel's memory (``learner.user_state``) plus the two fields that make it safe to read back.
 Little-endian; d, e, R and the head are the store's ``RowLayout``:
 
-    0   u32  layout_version      32  i64  last_time_ms      56  u32  guarded
-    4   u32  checksum            40  u64  ledger            60  u32  owner
-    8   u64  events              48  u32  meta_version      64  f32  mean covariance second_mean second_covariance
-    16  i64  last_offset         52  u32  seen_s                u64  ring[R]
-    24  i64  first_time_ms
+    0   u32  layout_version      24  i64  first_time_ms     56  u32  guarded
+    4   u32  checksum            32  i64  last_time_ms      60  u32  owner
+    8   u64  events              40  u64  ledger            64  f32  mean covariance second_mean second_covariance
+    16  i64  last_offset         48  u64  meta_version          u64  ring[R]
 
 - ``checksum``: the upper half of Σ c_k·word_k mod 2^64 over the row's 64-bit words, word 0 without the checksum
   itself: multilinear hashing (Lemire, Kaser 2013, arXiv 1202.4961), with c_k the k-th output of splitmix64, made odd.
-  Any change within one word is always found, any other but for one in 2^32. It guards against damage, not malice.
+  A single flipped bit is always found, any other change but for one in 2^32. It guards against damage, not malice.
 - ``owner``: CRC-32 of the user's id. A row that is read under another user's id is refused.
 
 Versions, and the way up, taken row by row when it is read:
 
-    1   no checksum (0), owner (0) nor seen_s; meta_version was 64 bits wide; ring ages in hours (17-bit integer)
+    1   no checksum (0) and no owner (0); ring ages in hours (17-bit integer)
     2   as above
 
 A partition's progress is one record, written with the rows that it covers:
@@ -136,7 +135,7 @@ def _upgrade(layout: RowLayout, users: Sequence[bytes], slab: Slab, places: NDAr
 def _from_version_1(layout: RowLayout, users: Sequence[bytes], slab: Slab, places: NDArray[np.int64]) -> None:
     old = slab[places]
     rows = layout.rows(old)
-    strange = (rows["checksum"] != 0) | (rows["owner"] != 0) | (rows["seen_s"] != 0)
+    strange = (rows["checksum"] != 0) | (rows["owner"] != 0)
     if strange.any():
         k = int(np.flatnonzero(strange)[0])
         raise RowDamaged(users[k], "says that it is of version 1, but has a checksum, which those rows have not")

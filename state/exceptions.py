@@ -9,10 +9,12 @@ ColdstreamError
     ├── StoreRolledBack    after a failed write it came back at an earlier offset than it had confirmed
     ├── StoreDamaged       something in it is not what was written
     │   └── RowDamaged     one user's row is not
+    ├── StoreUnfinished    a restore from the changelog was interrupted: its rows are not complete
     ├── StoreClosed        it was closed before
     ├── SnapshotError      a snapshot cannot be made, is damaged, or belongs to something else
     ├── ChangelogError     a changelog cannot be replayed
-    └── ReceiptError       a receipt of an erasure cannot be read, or was changed
+    ├── ReceiptError       a receipt of an erasure cannot be read, or was changed
+    └── QueryError         a query asks for what the state cannot answer
 """
 
 from __future__ import annotations
@@ -64,6 +66,10 @@ class RowDamaged(StoreDamaged):
         return RowDamaged(self.user, self.damage, where)
 
 
+class StoreUnfinished(StoreError):
+    """A restore into it was interrupted: rows may be missing until it is restored again."""
+
+
 class StoreClosed(StoreError):
     """It was closed before."""
 
@@ -78,3 +84,7 @@ class ChangelogError(StoreError):
 
 class ReceiptError(StoreError):
     """A receipt of an erasure cannot be used."""
+
+
+class QueryError(StoreError):
+    """A query asks for what the state cannot answer. The message says what it could."""

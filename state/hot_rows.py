@@ -74,15 +74,22 @@ class HotMemory:
         self._commit[slots] = -1
         self._free += slots
 
+    def wipe(self, user: bytes) -> None:
+        """Overwrites what slots that were given up still hold of a user."""
+        for slot, name in enumerate(self.users):
+            if name == user and not self._held[slot]:
+                self.slab[slot], self.users[slot] = 0, b""
+
     def _slots(self, count: int) -> NDArray[np.int32]:
-        reused = min(count, len(self._free))
-        slots = [self._free.pop() for _ in range(reused)]
-        fresh = min(count - reused, self.capacity - self._fresh)
+        fresh = min(max(count - len(self._free), 0), self.capacity - self._fresh)
+        missing = count - len(self._free) - fresh
+        if missing > 0:
+            self._evict(missing)  # before any is taken: where there are not enough, none is lost
+        kept = len(self._free) - (count - fresh)
+        slots = self._free[kept:]
+        del self._free[kept:]
         slots += range(self._fresh, self._fresh + fresh)
         self._fresh += fresh
-        if len(slots) < count:
-            self._evict(count - len(slots))
-            slots += [self._free.pop() for _ in range(count - len(slots))]
         return np.array(slots, np.int32)
 
     def _evict(self, count: int) -> None:
@@ -121,7 +128,6 @@ class HotRows:
         self.memory = memory
         self._index: dict[bytes, int] = {}
         self._progress: Progress | None = None
-        self._progress_known = False
 
     def acquire(self, users: Sequence[bytes]) -> Acquired:
         """Slots of distinct users, read from the store where they are not in memory. It begins a commit.
@@ -130,6 +136,7 @@ class HotRows:
         """
         memory = self.memory
         memory.begin()
+        self.progress()
         slots = np.fromiter(map(self._index.get, users, repeat(-1)), np.int32, len(users))
         absent = np.flatnonzero(slots < 0)
         if not len(absent):
@@ -154,26 +161,41 @@ class HotRows:
         before, after = memory.stored_events[slots], memory.rows["events"][slots].astype(np.int64)
         progress = Progress(offset, meta_version, int((before < 0).sum()), int((after - np.maximum(before, 0)).sum()),
                             time.time_ns() // 1_000_000, clock)  # fmt: skip
-        progress = _added(self.progress(), progress)
+        progress = _added(self._progress, progress)
         try:
-            self.store.write_batch([memory.users[k] for k in slots.tolist()], memory.slab[slots], progress)
+            self.store.write_batch(list(map(memory.users.__getitem__, slots.tolist())), memory.slab[slots], progress)
         except BaseException:
             self.forget()
             raise
         self._progress = progress
         memory.stored_events[slots] = after
 
+    def remove(self, users: Sequence[bytes], events: int) -> None:
+        """Takes out users whom the store holds, with their ``events`` in sum, and lowers the progress by them.
+
+        Raises as ``write`` does.
+        """
+        progress = without(self.progress(), len(users), events)
+        try:
+            self.store.write_batch([], self.memory.slab[:0], progress, deleted=users)
+        except BaseException:
+            self.forget()
+            raise
+        self._progress = progress
+        self.forget(users)
+
     def progress(self) -> Progress | None:
-        """The store's, from memory."""
-        if not self._progress_known:
-            self._progress, self._progress_known = self.store.progress(), True
-        return self._progress
+        """The store's. When it is not what was written last, the store was set back, and memory knows too much."""
+        progress = self.store.progress()
+        if progress != self._progress:
+            self.forget()
+            self._progress = progress
+        return progress
 
     def forget(self, users: Sequence[bytes] | None = None) -> None:
         """Drops users, or all, from memory: the store's rows count."""
         slots = list(self._index.values()) if users is None else [self._index[u] for u in users if u in self._index]
         self.memory.give_up(slots)
-        self._progress_known = False
 
 
 def _added(before: Progress | None, change: Progress) -> Progress:
@@ -183,3 +205,11 @@ def _added(before: Progress | None, change: Progress) -> Progress:
     if before.users == UNKNOWN:
         return replace(change, users=UNKNOWN, events=UNKNOWN)
     return replace(change, users=before.users + change.users, events=before.events + change.events)
+
+
+def without(progress: Progress | None, users: int, events: int) -> Progress | None:
+    """The progress when so many users, with so many events in sum, are gone; unknown stays unknown."""
+    if progress is None:
+        return None
+    now_ms = time.time_ns() // 1_000_000
+    return _added(progress, Progress(progress.offset, progress.meta_version, -users, -events, now_ms, progress.clock))

@@ -23,6 +23,7 @@ class MemoryUserStore:
         self.layout = layout
         self._rows: dict[bytes, bytes] | None = {}
         self._progress: bytes | None = None
+        self._restoring = False
 
     def __enter__(self) -> Self:
         return self
@@ -40,11 +41,11 @@ class MemoryUserStore:
         self, users: Sequence[bytes], rows: Slab, progress: Progress | None, *, deleted: Sequence[bytes] = ()
     ) -> None:
         """See ``UserStore``."""
+        packed = self._progress if progress is None else progress.encode()
         self._held().update(zip(users, codec.encode(self.layout, users, rows), strict=True))
         for user in deleted:
             self._held().pop(user, None)
-        if progress is not None:
-            self._progress = progress.encode()
+        self._progress = packed
 
     def progress(self) -> Progress | None:
         """See ``UserStore``."""
@@ -55,6 +56,16 @@ class MemoryUserStore:
         """See ``UserStore``."""
         return self._walk(sorted((u, v) for u, v in self._held().items() if after is None or u > after))
 
+    def stored(self, after: bytes | None = None) -> Iterator[tuple[list[bytes], list[bytes]]]:
+        """See ``UserStore``; all at once here."""
+        rows = sorted((u, v) for u, v in self._held().items() if after is None or u > after)
+        if rows:
+            yield [user for user, _ in rows], [row for _, row in rows]
+
+    def stored_row(self, user: bytes) -> bytes | None:
+        """See ``UserStore``."""
+        return self._held().get(user)
+
     def approximate_count(self) -> int:
         """See ``UserStore``; exact here."""
         return len(self._held())
@@ -62,6 +73,23 @@ class MemoryUserStore:
     def sync(self) -> None:
         """See ``UserStore``; memory has nothing to force."""
         self._held()
+
+    def restoring(self) -> bool:
+        """See ``UserStore``."""
+        self._held()
+        return self._restoring
+
+    def begin_restore(self, *, empty: bool) -> None:
+        """See ``UserStore``."""
+        held, self._restoring = self._held(), True
+        if empty:
+            held.clear()
+            self._progress = None
+
+    def end_restore(self, progress: Progress) -> None:
+        """See ``UserStore``."""
+        self._held()
+        self._progress, self._restoring = progress.encode(), False
 
     def close(self) -> None:
         """See ``UserStore``; the rows are gone."""

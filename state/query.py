@@ -1,69 +1,256 @@
-"""Reading one user's row beside a live writer: nothing is ever written, and no torch is loaded."""
+"""Asking a state directory about users, beside a live writer or not: nothing is written, no torch, no compiled code.
+
+``StateReader(directory)`` keeps stores and model open; ``query`` answers for one user at one point of the stream, and
+``diff`` for two points.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
-from learner.user_state import RowLayout, recent_events
+import numpy as np
+
+from learner.user_state import RowLayout
+from state.exceptions import QueryError, SnapshotError, StoreMismatch, StoreUnreadable
+from state.expiry import idle_up_to
+from state.explain import explain, in_prior_sd
+from state.model_view import FILE, ModelView
+from state.point import NOW, Point
+from state.reports import (
+    DiffReport,
+    Found,
+    UserReport,
+    parameter_change,
+    point_report,
+    stranger_report,
+    user_report,
+)
+from state.scores import most_changed, scores, top
 from state.store import RocksReader
+from state.time_travel import Moment, Stored, Timeline
+
+if TYPE_CHECKING:  # few readers follow, and what it imports takes time
+    from state.following import FollowingReader
+
+MOST_CHANGED = 5
+"""Items that a diff names each way"""
+_PARTITION = re.compile(r"partition-(\d+)")
+_MANIFEST = "snapshot.json"
 
 
-@dataclass(frozen=True, slots=True)
-class UserReport:
-    """What a store knows of one user."""
+class StateReader:
+    """The stores and the model of one state directory, kept open. Use as a context, or call ``close``.
 
-    user_id: str
-    events: int
-    first_event_ms: int
-    last_event_ms: int
-    last_offset: int
-    ledger: str
-    """Hash chain over the applied events, in hex"""
-    meta_version: int
-    guarded: int
-    """Updates refused because they were not finite"""
-    mean: tuple[float, ...]
-    """(d,) the adaptive part m"""
-    variance: tuple[float, ...]
-    """(d,) the diagonal of S; empty for the gradient head"""
-    recent_labels: tuple[int, ...]
-    """Labels of the latest events, oldest first"""
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return asdict(self)
-
-
-def query_user(path: Path, user_id: str) -> UserReport | None:
-    """The user's row in the store at ``path``; None for a user it has never learned from.
-
-    Raises StoreUnreadable when there is no store, or RocksDB refuses it.
+    ``partition`` narrows it to one; else a user is looked for in all of them. With ``follow`` it can ``catch_up`` with
+    a live writer; without, it answers as of its first question. Not for several threads at once.
+    Raises StoreUnreadable, StoreDamaged, StoreMismatch.
     """
-    with RocksReader(path) as store:
-        layout = store.layout
-        rows, found = store.get_many([user_id.encode()])
-    if not found[0]:
+
+    def __init__(self, state: Path, *, partition: int | None = None, follow: bool = False) -> None:
+        self.path = state
+        self._follow = follow
+        self._directories = _partitions(state, partition)
+        self._stores: dict[int, RocksReader] = {}
+        self._followers: list[FollowingReader] = []
+        self._viewed: tuple[int, int] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Releases every handle; closing twice does nothing more."""
+        self._followers.clear()
+        while self._stores:
+            self._stores.popitem()[1].close()
+
+    def catch_up(self) -> None:
+        """Takes in what the writer has written since; ValueError unless this reader follows."""
+        if not self._follow:
+            raise ValueError("this reader does not follow its writer: open it with follow=True")
+        for follower in self._followers:
+            follower.catch_up()
+        if _identity(self.path / FILE) != self._viewed:
+            self.__dict__.pop("view", None)
+
+    @cached_property
+    def view(self) -> ModelView | None:
+        """The model beside the rows; None where there is none."""
+        self._viewed = _identity(self.path / FILE)
+        return None if self._viewed is None else ModelView(self.path)
+
+    def query(
+        self,
+        user_id: str,
+        *,
+        items: Sequence[str] = (),
+        count: int = 0,
+        unseen: bool = False,
+        at: Point = NOW,
+        snapshots: Path | None = None,
+        explained: bool = True,
+    ) -> UserReport:
+        """The user at a point, with the scores of ``items`` and of the ``count`` best of the catalogue.
+
+        ``unseen`` leaves the user's latest items out of the best. ``explained`` says what moved the user. Raises
+        QueryError where the point or what is asked cannot be told, and RowDamaged.
+        """
+        found = self._find(user_id, snapshots)
+        for item in items:
+            _bytes(item)
+        if self.view is None:
+            if items or count:
+                raise QueryError(f"{self.path / FILE} is missing, so no item can be scored: run again to write it")
+            if not found.timeline.known:
+                return stranger_report(user_id, found)
+        moment = found.timeline.at(at)
+        row = moment.row
+        expired = at.kind == "now" and row is not None and int(row["last_offset"]) <= found.idle_up_to
+        part = moment.part if self.view is None or not expired else self.view.start(user_id)
+        recent = frozenset[int]()
+        if self.view is not None and (items or count):
+            recent = frozenset(self._recent_places(self.view, moment))
+        return user_report(
+            user_id, found, at, moment, self.view, expired=expired, explained=explained,
+            scored=() if self.view is None else scores(self.view, part, items, recent),
+            best=() if self.view is None or not count else top(self.view, part, count, recent, unseen=unseen),
+        )  # fmt: skip
+
+    def diff(self, user_id: str, before: Point, after: Point, *, snapshots: Path | None = None) -> DiffReport:
+        """The user at two points. Raises QueryError where one cannot be told, or the state directory has no model."""
+        if self.view is None:
+            raise QueryError(f"{self.path / FILE} is missing, so no states can be compared: run again to write it")
+        timeline = self._find(user_id, snapshots).timeline
+        one, other = timeline.at(before), timeline.at(after)
+        anew = one.first_time_ms not in (None, other.first_time_ms)
+        if one.part.events > other.part.events and not anew:
+            raise QueryError(f"--diff {before.asked} {after.asked}: the first point is after the second; swap them")
+        had = 0 if anew else one.part.events
+        learned = explain(self.view, other.part, other.events, other.bases).events
+        between = tuple(event for event in learned if event.number >= had)
+        risen, fallen = most_changed(self.view, one.part, other.part, MOST_CHANGED)
+        change = parameter_change(self.view.layout, one.part, other.part)
+        return DiffReport(
+            user_id, point_report(before, one), point_report(after, other), one.part.events, other.part.events, anew,
+            change, float(np.linalg.norm(change.mean)), in_prior_sd(self.view.first, np.array(change.mean)), between,
+            other.part.events - had - len(between), risen, fallen,
+        )  # fmt: skip
+
+    def _find(self, user_id: str, snapshots: Path | None) -> Found:
+        """The user in the first store that has a row, else in none."""
+        user = _bytes(user_id)
+        earlier = _snapshots(snapshots) if snapshots is not None else []
+        for number in self._directories:
+            store = self._store(number)
+            live = _stored("the live row", store, user)
+            past = [stored for directory in earlier for stored in _in_snapshot(directory, number, store.layout, user)]
+            looked_up = (number, live, past, store)
+            if live.row is not None or any(stored.row is not None for stored in past):
+                break
+        number, live, past, store = looked_up
+        timeline = Timeline(self.view, store.layout, user_id, live, past)
+        progress = store.progress()
+        return Found(
+            number if timeline.known else None,
+            store.layout,
+            timeline,
+            idle_up_to(b"" if progress is None else progress.clock),
+            progress.offset if progress is not None and (timeline.known or len(self._directories) == 1) else None,
+        )
+
+    def _store(self, number: int) -> RocksReader:
+        if number not in self._stores:
+            directory = self._directories[number]
+            store = self._stores[number] = self._opened(directory)
+            if self.view is not None and self.view.layout != store.layout:
+                raise StoreMismatch(
+                    f"{self.view.path} is for rows of {self.view.layout.fingerprint}, but {directory} holds rows of "
+                    f"{store.layout.fingerprint}: it belongs to another run; restore the one that was with the rows"
+                )
+        return self._stores[number]
+
+    def _opened(self, directory: Path) -> RocksReader:
+        if not self._follow:
+            return RocksReader(directory)
+        from state.following import FollowingReader
+
+        follower = FollowingReader(directory)
+        self._followers.append(follower)
+        return follower
+
+    @staticmethod
+    def _recent_places(view: ModelView, moment: Moment) -> list[int]:
+        latest = [event for event in moment.events if event.number >= moment.part.events - view.layout.ring]
+        places = (view.place_of_ring_item(event.ring_item) for event in latest)
+        return [place for place in places if place < view.item_count]
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from the one that replaces it; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
         return None
-    row = layout.rows(rows)[0]
-    recent = recent_events(layout, row)
-    return UserReport(
-        user_id,
-        int(row["events"]),
-        int(row["first_time_ms"]),
-        int(row["last_time_ms"]),
-        int(row["last_offset"]),
-        f"{int(row['ledger']):016x}",
-        int(row["meta_version"]),
-        int(row["guarded"]),
-        tuple(float(m) for m in row["mean"]),
-        _variance(layout, row["covariance"]),
-        tuple(int(label) for label in recent.label),
-    )
+    return status.st_ino, status.st_mtime_ns
 
 
-def _variance(layout: RowLayout, covariance: Any) -> tuple[float, ...]:
-    if layout.kind == "full":
-        return tuple(float(covariance[i * (i + 3) // 2]) for i in range(layout.dim))
-    return tuple(float(v) for v in covariance)
+def _bytes(user_id: str) -> bytes:
+    """The id as a store has it. Raises QueryError for one that is no text."""
+    try:
+        return user_id.encode()
+    except UnicodeEncodeError as error:
+        raise QueryError(f"the id {user_id!a} is not UTF-8, and all ids are: check the terminal's encoding") from error
+
+
+def _partitions(state: Path, only: int | None) -> dict[int, Path]:
+    """The partitions' directories by number."""
+    if only is not None:
+        return {only: state / f"partition-{only}"}
+    found = {}
+    if state.is_dir():
+        for directory in state.iterdir():
+            named = _PARTITION.fullmatch(directory.name)
+            if named is not None and (directory / "CURRENT").is_file():
+                found[int(named[1])] = directory
+    if not found:
+        raise StoreUnreadable(f"{state} holds no store: name the --state directory of a run")
+    return dict(sorted(found.items()))
+
+
+def _snapshots(directory: Path) -> list[Path]:
+    """The snapshots in a directory, or the one that it is."""
+    if (directory / _MANIFEST).is_file():
+        return [directory]
+    found = sorted(path.parent for path in directory.glob(f"*/{_MANIFEST}")) if directory.is_dir() else []
+    if not found:
+        raise SnapshotError(f"{directory} holds no snapshot: name a directory of snapshots, or one snapshot")
+    return found
+
+
+def _in_snapshot(snapshot: Path, number: int, layout: RowLayout, user: bytes) -> list[Stored]:
+    directory = snapshot / f"partition-{number}"
+    if not (directory / "CURRENT").is_file():
+        return []
+    with RocksReader(directory) as store:
+        if store.layout != layout:
+            raise SnapshotError(
+                f"{directory} holds rows of {store.layout.fingerprint}, the state {layout.fingerprint}: it is of "
+                "another run; give the snapshots of this one"
+            )
+        return [_stored(f"snapshot {snapshot.name}", store, user)]
+
+
+def _stored(name: str, store: RocksReader, user: bytes) -> Stored:
+    rows, found = store.get_many([user])
+    progress = store.progress()
+    row = store.layout.rows(rows)[0] if found[0] else None
+    return Stored(name, row, -1 if progress is None else progress.offset)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 import time
+import weakref
+from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 from rocksdict import (
     AccessType,
@@ -14,6 +18,7 @@ from rocksdict import (
     DBCompressionType,
     Options,
     Rdict,
+    ReadOptions,
     WriteBufferManager,
 )
 
@@ -26,12 +31,20 @@ filter blocks of a million users fit into this."""
 MEMTABLE_BYTES = 64 * MEBIBYTE
 """Rows of one store that are gathered before they go to disk as one sorted file."""
 MEMTABLES_BYTES = 192 * MEBIBYTE
-"""Of all stores that share a ``StoreMemory``: beyond it the largest memtable is flushed early, and no writer waits."""
+"""Of all stores that share a ``StoreMemory``, those on their way to the disk included: see ``StoreMemory.relieve``."""
+FLUSHED_FILES = 8
+"""Sorted files of a memtable each that are merged at once, and as much again is the next level's size: with RocksDB's
+default of 4 a row costs 14 µs of CPU where it costs 10, most of it the merging of scattered rows again and again."""
+READER_CACHE_BYTES = 8 * MEBIBYTE
 BLOOM_BITS = 10
 """A new user costs one in a hundred a read of a block in vain; without, every one."""
 LOCK_WAIT_S = 5.0
 """How long an open waits for another process to let go: a worker that was told to stop needs a moment to close."""
 _LOCK_POLL_S = 0.05
+_NOT_WRITABLE = ("Read-only file system", "Permission denied", "No space left", "Disk quota exceeded")
+"""What need not keep anybody from reading"""
+ROCKSDICT_SETTINGS = "rocksdict-config.json"
+"""What rocksdict itself keeps beside RocksDB's files; nothing reads it here."""
 
 _HELD_BY_OTHER = "While lock file"
 _HELD_HERE = "lock hold by current process"
@@ -47,12 +60,45 @@ _CAUSES = (
 """(what the error text holds, its errno, the next action)"""
 
 
+class HasMemtable(Protocol):
+    """A store as ``StoreMemory`` sees it."""
+
+    def memtable_bytes(self) -> int:
+        """What it has gathered since its last flush."""
+
+    def flush(self, *, wait: bool) -> None:
+        """Writes it to the disk, at once or in the background. A failure is the store's own, seen at its next call."""
+
+
 class StoreMemory:
     """RocksDB's memory, shared by all stores that are given it: a worker's footprint then knows no partitions."""
 
     def __init__(self, cache_bytes: int = BLOCK_CACHE_BYTES, memtables_bytes: int = MEMTABLES_BYTES) -> None:
         self.cache = Cache(cache_bytes)
-        self.memtables = WriteBufferManager(memtables_bytes, False)
+        # It only counts: by itself it would flush whichever store is written next, however small, and wait for nothing.
+        self.memtables = WriteBufferManager(4 * memtables_bytes, False)
+        self._limit = memtables_bytes
+        self._stores: weakref.WeakSet[HasMemtable] = weakref.WeakSet()
+
+    def share(self, store: HasMemtable) -> None:
+        """Counts the store's memtable among those that ``relieve`` flushes, for as long as the store lives."""
+        self._stores.add(store)
+
+    def relieve(self) -> None:
+        """Keeps all memtables inside the limit, but for the batch just written; called after every write.
+
+        Half of the limit is for those that are being filled: beyond it the largest goes to the disk in the background.
+        Those on their way may take the other half; beyond it the writer waits.
+        """
+        if self.memtables.get_usage() <= self._limit // 2:
+            return
+        stores = sorted(self._stores, key=lambda store: store.memtable_bytes(), reverse=True)
+        if sum(store.memtable_bytes() for store in stores) > self._limit // 2:
+            stores.pop(0).flush(wait=False)
+        for store in stores:
+            if self.memtables.get_usage() <= self._limit:
+                return
+            store.flush(wait=True)
 
 
 def open_for_writing(path: Path, memory: StoreMemory, lock_wait_s: float = LOCK_WAIT_S) -> Rdict:
@@ -64,10 +110,10 @@ def open_for_writing(path: Path, memory: StoreMemory, lock_wait_s: float = LOCK_
     while True:
         try:
             path.mkdir(parents=True, exist_ok=True)
-            return Rdict(str(path), options=_options(memory))
+            return opened(path, _options(memory), AccessType.read_write())
         except OSError as error:
             raise StoreUnreadable(
-                f"the store {path} cannot be opened: {error}; check the path and its rights"
+                f"the store {path} cannot be opened: {error}; {_action(error, 'check the path and its rights')}"
             ) from error
         except Exception as error:  # rocksdict raises bare Exception for everything RocksDB says
             said = str(error)
@@ -90,9 +136,56 @@ def open_for_reading(path: Path) -> Rdict:
     if not (path / "CURRENT").is_file():
         raise StoreUnreadable(f"{path} holds no store: name a partition's directory under --state of a run")
     try:
-        return Rdict(str(path), options=Options(raw_mode=True), access_type=AccessType.read_only(False))
+        try:
+            return opened(path, reading_options(), AccessType.read_only(False))
+        except OSError as error:
+            if not any(said in str(error) for said in _NOT_WRITABLE):
+                raise
+            return _opened_by_links(path)
     except Exception as error:  # rocksdict raises bare Exception for everything RocksDB says
         raise unreadable(path, error) from error
+
+
+def _opened_by_links(path: Path) -> Rdict:
+    """For a disk or a user that may not write: rocksdict writes its settings (40 bytes) anew wherever it opens, even
+    to read. So it is given a directory of links to the store's files; once it has opened them it needs no names.
+    """
+    with tempfile.TemporaryDirectory(prefix="coldstream-links-") as links:
+        for file in path.iterdir():
+            if file.name != ROCKSDICT_SETTINGS:
+                (Path(links) / file.name).symlink_to(file.absolute())
+        return opened(Path(links), reading_options(), AccessType.read_only(False))
+
+
+def opened(path: Path, options: Options, access: AccessType) -> Rdict:
+    """The database with these options, which rocksdict would else take from the files of the one that it finds.
+
+    Blocks of rows do not fill the cache: they are hardly asked for twice, and it costs a tenth of a read.
+    """
+    db = Rdict(str(path), options=options, column_families={"default": options}, access_type=access)
+    scattered = ReadOptions()
+    scattered.fill_cache(False)  # type: ignore[call-arg]  # the stub lacks the argument
+    db.set_read_options(scattered)
+    return db
+
+
+def reading_options() -> Options:
+    """For a handle that only reads."""
+    options = Options(raw_mode=True)
+    options.set_block_based_table_factory(_table(Cache(READER_CACHE_BYTES)))
+    return options
+
+
+def release(db: Rdict, *, flush: bool = False) -> None:
+    """Closes a handle and frees the store's lock, whatever RocksDB says: what is confirmed stands in the log.
+
+    ``flush`` writes what is in memory to a sorted file first, if the disk takes it.
+    """
+    if flush:
+        with suppress(Exception):  # rocksdict raises bare Exception for everything RocksDB says
+            db.flush()
+    with suppress(Exception):  # it says again what failed before, or that it is closed already
+        db.close()
 
 
 def unreadable(path: Path, error: Exception) -> StoreUnreadable:
@@ -146,8 +239,14 @@ def _options(memory: StoreMemory) -> Options:
     options.set_write_buffer_manager(memory.memtables)
     options.set_compression_type(DBCompressionType.none())  # floats barely compress
     options.set_max_background_jobs(2)
-    table = BlockBasedOptions()
-    table.set_block_cache(memory.cache)
-    table.set_bloom_filter(BLOOM_BITS, False)
-    options.set_block_based_table_factory(table)
+    options.set_level_zero_file_num_compaction_trigger(FLUSHED_FILES)
+    options.set_max_bytes_for_level_base(FLUSHED_FILES * MEMTABLE_BYTES)
+    options.set_block_based_table_factory(_table(memory.cache))
     return options
+
+
+def _table(cache: Cache) -> BlockBasedOptions:
+    table = BlockBasedOptions()
+    table.set_block_cache(cache)
+    table.set_bloom_filter(BLOOM_BITS, False)
+    return table

@@ -7,27 +7,43 @@ settings or the arguments cannot be used: one line on stderr says what, where an
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from typing import ClassVar
 
 import typer
 
 from configs.exceptions import ColdstreamError, InvalidSettings
-from streams.commands import backtest, config, generate, query, train
+from streams.lazy_group import LazyGroup
 
 EXIT_INTERRUPTED = 1
 EXIT_UNUSABLE = 2
 
+
+class Commands(LazyGroup):
+    """Every subcommand; its module is imported when it is asked for."""
+
+    places: ClassVar[Mapping[str, str]] = {
+        "train": "streams.commands.train:train",
+        "backtest": "streams.commands.backtest:backtest",
+        "query": "streams.commands.query:query",
+        "snapshot": "streams.commands.snapshot:take_snapshot",
+        "restore": "streams.commands.restore:restore_snapshot",
+        "verify": "streams.commands.verify:verify",
+        "erase": "streams.commands.erase:erase",
+        "generate": "streams.commands.generate:generate",
+        "config": "streams.commands.config:app",
+    }
+    quick: ClassVar[frozenset[str]] = frozenset({"query"})
+
+
 app = typer.Typer(
-    name="coldstream",
-    help="Learns every new user's taste from their first clicks, on the stream, and never forgets the others.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
+    name="coldstream", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
 )
-app.command("train")(train.train)
-app.command("backtest")(backtest.backtest)
-app.command("query")(query.query)
-app.command("generate")(generate.generate)
-app.add_typer(config.app, name="config")
+
+
+@app.callback()
+def _coldstream() -> None:
+    """Learns every new user's taste from their first clicks, on the stream, and never forgets the others."""
 
 
 def main() -> None:

@@ -12,13 +12,16 @@ from numpy.typing import NDArray
 
 from configs.settings import StateSettings
 from learner.adaptation import Adaptation, Adapted, EventColumns
-from learner.event_clock import Ticks, advance, new_clock
+from learner.event_clock import NOBODY, Ticks, advance, new_clock
 from learner.interactions import Interactions
 from learner.serving import ServingModel
 from learner.user_state import HEADER_BYTES, RowLayout, Slab, item_hash, new_rows
-from state.expiry import Expiry, pack_clock, seen_ms, set_seen, unpack_clock
+from state.erasure import erase_user
+from state.expiry import Expiry, idle_up_to, pack_clock, unpack_clock
 from state.hot_rows import HotMemory, HotRows
+from state.receipt import Removal
 from state.store import UserStore
+from state.sweep import SWEEP_ROWS, Publish, Sweeper
 
 OpenStore = Callable[[int, RowLayout], UserStore]
 """(topic partition, layout of the rows) -> its store"""
@@ -52,6 +55,8 @@ class Counts:
     users_created: int = 0
     users_expired: int = 0
     """Came back after they had been idle for too long, and started anew"""
+    users_swept: int = 0
+    """Were idle for too long and taken out before they came back"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +72,7 @@ class _Part:
     first: NDArray[np.int64]
     """(U,) the first event of each user"""
     ticks: Ticks | None
-    """The event clock at each event; None without expiry"""
+    """The event clock at these events; None without expiry"""
 
 
 class Processor:
@@ -77,10 +82,14 @@ class Processor:
     and those that learned are written together with the offset of the last. A crash between commits loses nothing: the
     stream goes on after the store's offset, and a row skips what it has applied. How the stream is cut changes no bit.
     After an error nothing of the commit counts, and the same records may come again.
+    With ``state.expire_after_days``, each commit first sweeps a few rows of idle users out; ``publish_gone`` is handed
+    the tombstones of all users that are taken out of a store, before they are.
     Use as a context: it closes the stores it opened. Not for several threads at once.
     """
 
-    def __init__(self, model: ServingModel, open_store: OpenStore, state: StateSettings) -> None:
+    def __init__(
+        self, model: ServingModel, open_store: OpenStore, state: StateSettings, *, publish_gone: Publish | None = None
+    ) -> None:
         self.model = model
         self.layout = RowLayout.of(model.first, model.second, state.ring)
         self.counts = Counts()
@@ -90,6 +99,8 @@ class Processor:
         rows = max((state.hot_rows_mb << 20) // self.layout.row_bytes, state.commit_events)
         self._memory = HotMemory(self.layout, rows)
         self._hot: dict[int, HotRows] = {}
+        self._sweepers: dict[int, Sweeper] = {}
+        self._publish_gone = publish_gone
         self._adaptation = Adaptation(self.layout, model.first, model.second)
         self._hashes: dict[str, int] = {}
 
@@ -107,6 +118,7 @@ class Processor:
             hot = self._hot.popitem()[1]
             hot.forget()
             hot.store.close()
+        self._sweepers.clear()
 
     def store(self, partition: int) -> UserStore:
         """The partition's store, opened at first use."""
@@ -120,8 +132,9 @@ class Processor:
         hot, n = self._rows(partition), len(records)
         result = Predictions(np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.bool_))
         columns = self._columns(records, settle=True)
-        done = 0
+        done = self._skipped(hot, records, result)
         while done < n:
+            self.sweep(partition)
             part = self._next_part(hot, records, done)
             try:
                 adapted = self._learn(hot, records, columns, part)
@@ -138,12 +151,40 @@ class Processor:
         hot = self._rows(partition)
         codes, user = np.unique(records.user, return_inverse=True)
         rows, found = hot.store.get_many([records.user_ids[code].encode() for code in codes.tolist()])
-        if self._expiry is not None:
-            found &= ~self._idle_now(hot, rows)
+        found &= self.layout.rows(rows)["last_offset"] > self._idle_now(hot)
         rows[~found] = self._started(records, codes[~found])
         columns = _part(self._columns(records, settle=False), slice(None), user.astype(np.int32))
         adapted = self._adaptation.predict(rows, columns, self.model.items)
         return Predictions(adapted.logit, adapted.probability, adapted.applied)
+
+    def sweep(self, partition: int, rows: int = SWEEP_ROWS) -> int:
+        """Goes on with the sweep over the partition's next ``rows`` rows; returns how many idle users it took out.
+
+        It changes no prediction. ``process`` does it at every commit. Raises StoreError.
+        """
+        if self._expiry is None:
+            return 0
+        sweeper = self._sweepers.setdefault(partition, Sweeper())
+        swept = sweeper.sweep(self._rows(partition), rows, self._publish_gone)
+        self.counts.users_swept += swept
+        return swept
+
+    def erase(self, partition: int, user_id: str) -> Removal:
+        """Erases a user from the partition's store and from memory, whether it is there or not; see ``state.erasure``.
+
+        To be called between two calls of ``process``. Raises StoreError; erase again then.
+        """
+        hot = self._rows(partition)
+        return erase_user(hot.store, user_id.encode(), partition, hot=hot, publish=self._publish_gone)
+
+    def _skipped(self, hot: HotRows, records: Interactions, result: Predictions) -> int:
+        """How many of the records the store's offset covers: applied before, even if their users are gone since."""
+        progress = hot.progress()
+        done = 0 if progress is None else int(np.searchsorted(records.offset, progress.offset, side="right"))
+        result.logit[:done], result.probability[:done], result.applied[:done] = np.nan, np.nan, False
+        self.counts.events += done
+        self.counts.skipped += done
+        return done
 
     def _rows(self, partition: int) -> HotRows:
         if partition not in self._hot:
@@ -161,9 +202,11 @@ class Processor:
         """The next commit's events: fewer than usual where a user is idle for too long between two of them."""
         stop, ticks = min(start + self._commit_events, len(records)), None
         if self._expiry is not None:
-            ticks = self._ticks(self._expiry, hot, records, slice(start, stop))
-            stop = start + _until_someone_expires(self._expiry, records.user[start:stop], ticks)
-            ticks = Ticks(*(column[: stop - start] for column in ticks))
+            events = slice(start, stop)
+            ticks = self._ticks(self._expiry, hot, records, events)
+            stop = start + _until_someone_expires(records.user[events], records.offset[events], ticks.idle)
+            if stop < events.stop:
+                ticks = self._ticks(self._expiry, hot, records, slice(start, stop))
         codes, first, user = np.unique(records.user[start:stop], return_index=True, return_inverse=True)
         return _Part(slice(start, stop), codes, user.astype(np.int64), first, ticks)
 
@@ -171,13 +214,12 @@ class Processor:
         """One commit: reads the users' rows, walks the events, writes the rows that learned something."""
         memory = self._memory
         slots, unknown = hot.acquire([records.user_ids[code].encode() for code in part.codes.tolist()])
-        starting = np.zeros(len(slots), np.bool_)
+        starting, expired = np.zeros(len(slots), np.bool_), 0
         starting[unknown] = True
-        if self._expiry is not None and part.ticks is not None:
-            seen, first = seen_ms(self.layout, memory.slab, slots), part.first
-            idle = self._expiry.idle(seen, part.ticks.before[first], part.ticks.since[first]) & ~starting
+        if part.ticks is not None:
+            idle = (memory.rows["last_offset"][slots] <= part.ticks.idle[part.first]) & ~starting
             starting |= idle
-            self.counts.users_expired += int(idle.sum())
+            expired = int(idle.sum())
         memory.slab[slots[starting]] = self._started(records, part.codes[starting])
         event_slots = slots[part.user]
         adapted = self._adaptation.learn(memory.slab, _part(columns, part.events, event_slots), self.model.items)
@@ -186,6 +228,7 @@ class Processor:
         self.counts.skipped += len(event_slots) - int(adapted.applied.sum())
         self.counts.guarded += adapted.guarded
         self.counts.users_created += len(unknown)
+        self.counts.users_expired += expired
         return adapted
 
     def _started(self, records: Interactions, codes: NDArray[np.int32]) -> Slab:
@@ -198,36 +241,23 @@ class Processor:
     def _write(
         self, hot: HotRows, records: Interactions, part: _Part, slots: NDArray[np.int32], applied: NDArray[np.bool_]
     ) -> None:
-        """Writes the rows that learned something, with the offset, which never steps back."""
+        """Writes the rows that learned something, with the offset of the last event."""
         learned = np.zeros(len(slots), np.bool_)
         learned[part.user[applied]] = True
-        before, offset = hot.progress(), int(records.offset[part.events][-1])
-        if before is not None and offset <= before.offset and not learned.any():
-            return
-        clock = b""
-        if part.ticks is not None:
-            last = np.empty(len(slots), np.int64)
-            last[part.user] = np.arange(len(part.user))
-            set_seen(self.layout, self._memory.slab, slots[learned], part.ticks.after[last[learned]])
-            clock = pack_clock(part.ticks.states[-1])
-        offset = offset if before is None else max(offset, before.offset)
-        hot.write(slots[learned], offset, self.model.meta_version, clock)
+        clock = b"" if part.ticks is None else pack_clock(part.ticks.state)
+        hot.write(slots[learned], int(records.offset[part.events][-1]), self.model.meta_version, clock)
 
     def _ticks(self, expiry: Expiry, hot: HotRows, records: Interactions, events: slice) -> Ticks:
-        """The event clock at these events; those that the store has counted already do not move it."""
+        """The event clock at these events, none of which the store has applied."""
         progress = hot.progress()
         state = unpack_clock(b"" if progress is None else progress.clock)
         state = new_clock() if state is None else state
-        counted = 0 if progress is None else int(np.searchsorted(records.offset[events], progress.offset, side="right"))
-        return advance(state, records.event_time_ms[events], expiry.step_ms, counted)
+        return advance(state, records.take(events), expiry.pace)
 
-    def _idle_now(self, hot: HotRows, rows: Slab) -> NDArray[np.bool_]:
+    def _idle_now(self, hot: HotRows) -> int:
+        """The offset of the latest event at or before which a user is idle."""
         progress = hot.progress()
-        return (
-            np.zeros(len(rows), np.bool_)
-            if self._expiry is None or progress is None
-            else self._expiry.idle_now(seen_ms(self.layout, rows), progress.clock)
-        )
+        return NOBODY if self._expiry is None or progress is None else idle_up_to(progress.clock)
 
     def _item_hashes(self, item_ids: tuple[str, ...]) -> NDArray[np.uint64]:
         known = self._hashes
@@ -246,13 +276,13 @@ def _part(columns: EventColumns, part: slice, slot: NDArray[np.int32]) -> EventC
     )  # fmt: skip
 
 
-def _until_someone_expires(expiry: Expiry, user: NDArray[np.int32], ticks: Ticks) -> int:
-    """How many of the events come before one whose user had been idle for too long since the event before."""
+def _until_someone_expires(user: NDArray[np.int32], offset: NDArray[np.int64], idle: NDArray[np.int64]) -> int:
+    """How many of the events come before one whose user is idle since an event before it among them."""
+    if not len(user) or idle[-1] < offset[0]:
+        return len(user)
     order = np.argsort(user, kind="stable")
     earlier, later = order[:-1], order[1:]
-    again = user[earlier] == user[later]
-    earlier, later = earlier[again], later[again]
-    late = later[expiry.idle(ticks.after[earlier], ticks.before[later], ticks.since[later])]
+    late = later[(user[earlier] == user[later]) & (offset[earlier] <= idle[later])]
     return int(late.min()) if len(late) else len(user)
 
 

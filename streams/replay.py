@@ -19,8 +19,10 @@ from learner.features import Catalogue
 from learner.interactions import Interactions
 from learner.meta_training import EpochReport, meta_train
 from learner.metrics import Metrics, evaluate, event_index
+from learner.serving import ServingModel
 from learner.user_state import RowLayout
 from state.exceptions import StoreError
+from state.model_view import write_model_view
 from state.rocksdb import MEBIBYTE, StoreMemory
 from state.store import RocksUserStore, SyncPolicy
 from streams.data_notes import data_notes
@@ -170,13 +172,21 @@ class Backtest:
             with temporary_directory(self.settings.state.directory, "state") as directory:
                 recorder = _Recorder()
                 with Processor(serving, rocks_stores(directory, self.settings.state), self.settings.state) as stream:
+                    self._write_view(serving, stream.layout)
                     seconds = self._stream(data, stream, recorder)
+                    self._write_view(serving, stream.layout)  # again: with the items that the stream brought
                     parts = row_parts(stream.layout)
                 state = StateSize(len(recorder.users), sum(parts.values()), parts)
             recorder.refuse_one_class(data.split.is_scored(data.ordered))
             baselines = self._baselines(data, recorder)
             scored = recorder.scored(baselines, data.split.is_scored(data.ordered))
             return self._result(data, artifact, scored, seconds, state, recorder)
+
+    def _write_view(self, serving: ServingModel, layout: RowLayout) -> None:
+        """Puts what a query needs of the model beside rows that are kept."""
+        state = self.settings.state
+        if state.directory is not None:
+            write_model_view(state.directory, serving, layout, state.expire_after_days)
 
     def _artifact(self, data: PreparedData) -> Artifact:
         if self.model is None:

@@ -1,9 +1,10 @@
-"""What several tests share: hypothesis profiles and the browser."""
+"""What several tests share: options, hypothesis profiles, the figures of campaigns, and the browser."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -13,6 +14,42 @@ import pytest
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("soak", max_examples=5_000, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("repeatable")
+
+CAMPAIGN = pytest.StashKey[list[str]]()
+"""What campaigns of faults found, one line each, for the end of the run"""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--campaign", choices=("short", "soak"), default="short", help="how many faults tests/faults injects"
+    )
+    parser.addoption(
+        "--write-golden", action="store_true", help="write the golden files of today's versions anew, then test them"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[CAMPAIGN] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if lines := config.stash[CAMPAIGN]:
+        terminalreporter.section("campaigns")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def soak(request: pytest.FixtureRequest) -> bool:
+    """Whether this is the long campaign."""
+    return bool(request.config.getoption("--campaign") == "soak")
+
+
+@pytest.fixture
+def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Takes a line of figures that is shown at the end of the run."""
+    return request.config.stash[CAMPAIGN].append
+
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

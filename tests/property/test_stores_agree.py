@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import struct
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,7 +22,7 @@ from state.codec import Progress
 from state.exceptions import StoreLocked, StoreUnreadable
 from state.memory_store import MemoryUserStore
 from state.rocksdb import StoreMemory, open_for_writing
-from state.store import RocksUserStore, UserStore
+from state.store import RocksReader, RocksUserStore, UserStore
 from tests.models import at, offset_of
 
 LAYOUT = RowLayout("gradient", 2, 0, 0)
@@ -37,8 +40,8 @@ def rows_of(*fills: int) -> np.ndarray:
     return np.repeat(np.array(fills, np.uint8)[:, None], WIDTH, axis=1)
 
 
-def held(store: UserStore) -> list[tuple[bytes, bytes]]:
-    return [(user, row[PAYLOAD:].tobytes()) for user, row in store.iterate()]
+def held(store: UserStore | RocksReader, after: bytes | None = None) -> list[tuple[bytes, bytes]]:
+    return [(user, row[PAYLOAD:].tobytes()) for user, row in store.iterate(after)]
 
 
 @pytest.fixture(params=["memory", "rocks"])
@@ -74,6 +77,31 @@ def test_rows_that_are_not_contiguous_are_written_as_they_read(store):
     wide[:, ::2] = rows_of(1, 2, 3, 4)
     store.write_batch([b"a", b"b"], wide[::2, ::2], Progress(0, 0))
     assert held(store) == [(b"a", bytes([1]) * (WIDTH - PAYLOAD)), (b"b", bytes([3]) * (WIDTH - PAYLOAD))]
+
+
+def test_one_who_is_written_and_deleted_in_one_batch_is_deleted(store):
+    store.write_batch([b"a", b"b"], rows_of(1, 2), None, deleted=[b"b", b"nobody"])
+    assert held(store) == [(b"a", bytes([1]) * (WIDTH - PAYLOAD))]
+    assert store.progress() is None
+
+
+def test_a_batch_without_progress_leaves_it(store):
+    progress = Progress(5, 6, 7, 8, 9, b"clock")
+    store.write_batch([b"a"], rows_of(1), progress)
+    store.write_batch([b"a"], rows_of(2), None)
+    assert store.progress() == progress
+
+
+def test_progress_that_cannot_be_packed_writes_nothing(store):
+    with pytest.raises(struct.error):
+        store.write_batch([b"a"], rows_of(1), Progress(2**63, 0))
+    assert (held(store), store.progress()) == ([], None)
+
+
+@pytest.mark.parametrize("after", HOSTILE)
+def test_a_walk_goes_on_after_any_id(store, after):
+    store.write_batch(HOSTILE, rows_of(*range(len(HOSTILE))), None)
+    assert [user for user, _ in held(store, after)] == sorted(user for user in HOSTILE if user > after)
 
 
 @pytest.mark.parametrize("shape", [(1, WIDTH - 8), (WIDTH,), (2, WIDTH), (0, WIDTH)])
@@ -142,6 +170,8 @@ def test_another_process_keeps_the_lock_until_it_is_killed(tmp_path):
 
 
 USERS = st.one_of(st.binary(max_size=3), st.sampled_from(HOSTILE[:-1]))  # hypothesis warns of the longest one's repr
+INT64 = st.integers(-(2**63), 2**63 - 1)
+PROGRESS = st.builds(Progress, INT64, st.integers(0, 2**64 - 1), INT64, INT64, INT64, st.binary(max_size=48))
 
 
 class StoresAgainstADictionary(RuleBasedStateMachine):
@@ -153,7 +183,8 @@ class StoresAgainstADictionary(RuleBasedStateMachine):
         self.path = Path(self.directory.name) / "store"
         self.stores: list[UserStore] = [MemoryUserStore(LAYOUT), RocksUserStore(self.path, LAYOUT)]
         self.expected: dict[bytes, int] = {}
-        self.progress: tuple[int | None, int | None] = (None, None)
+        self.progress: Progress | None = None
+        self.walks: list[tuple[Iterator[tuple[bytes, np.ndarray]], list[tuple[bytes, bytes]]]] = []
 
     def teardown(self) -> None:
         for store in getattr(self, "stores", []):
@@ -161,16 +192,25 @@ class StoresAgainstADictionary(RuleBasedStateMachine):
         if hasattr(self, "directory"):
             self.directory.cleanup()
 
+    def rows(self, after: bytes | None = None) -> list[tuple[bytes, bytes]]:
+        chosen = sorted((u, fill) for u, fill in self.expected.items() if after is None or u > after)
+        return [(user, bytes([fill]) * (WIDTH - PAYLOAD)) for user, fill in chosen]
+
     @rule(
         batch=st.dictionaries(USERS, st.integers(1, 255), max_size=5),
-        offset=st.integers(0, 2**63 - 1),
-        meta_version=st.integers(0, 2**64 - 1),
+        deleted=st.lists(USERS, max_size=3),
+        progress=st.none() | PROGRESS,
     )
-    def put(self, batch: dict[bytes, int], offset: int, meta_version: int) -> None:
+    def put(self, batch: dict[bytes, int], deleted: list[bytes], progress: Progress | None) -> None:
         for store in self.stores:
-            store.write_batch(list(batch), rows_of(*batch.values()), Progress(offset, meta_version))
-        self.expected |= batch
-        self.progress = (offset, meta_version)
+            store.write_batch(list(batch), rows_of(*batch.values()), progress, deleted=deleted)
+        self.expected = {u: fill for u, fill in (self.expected | batch).items() if u not in deleted}
+        self.progress = progress or self.progress
+
+    @rule(data=st.data())
+    def delete_some_who_are_there(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.sets(st.sampled_from(sorted(self.expected)))) if self.expected else set()
+        self.put({}, sorted(chosen), None)
 
     @rule(users=st.lists(USERS, max_size=6))
     def get(self, users: list[bytes]) -> None:
@@ -180,17 +220,59 @@ class StoresAgainstADictionary(RuleBasedStateMachine):
             expected = rows_of(*(self.expected.get(user, 0) for user in users))
             np.testing.assert_array_equal(rows[:, PAYLOAD:], expected[:, PAYLOAD:])
 
+    @rule(after=USERS)
+    def walk_on_after_an_id(self, after: bytes) -> None:
+        for store in self.stores:
+            assert held(store, after) == self.rows(after)
+
+    @rule()
+    def begin_a_walk(self) -> None:
+        for store in self.stores:
+            self.walks.append((store.iterate(), self.rows()))
+
+    @rule()
+    def end_the_walks(self) -> None:
+        for walk, expected in self.walks:
+            assert [(user, row[PAYLOAD:].tobytes()) for user, row in walk] == expected
+        self.walks = []
+
+    @rule()
+    def sync(self) -> None:
+        for store in self.stores:
+            store.sync()
+
+    @rule()
+    def read_beside_the_writer(self) -> None:
+        with RocksReader(self.path) as reader:
+            assert reader.layout == LAYOUT
+            assert held(reader) == self.rows()
+            assert reader.progress() == self.progress
+
     @rule()
     def reopen(self) -> None:
+        self.end_the_walks()
         self.stores[1].close()
+        self.stores[1] = RocksUserStore(self.path, LAYOUT)
+
+    @rule()
+    def die_and_reopen(self) -> None:
+        """What a killed process leaves: the files as they are, without a close."""
+        self.end_the_walks()
+        left = self.path.with_name("left")
+        shutil.copytree(self.path, left)
+        self.stores[1].close()
+        shutil.rmtree(self.path)
+        left.rename(self.path)
         self.stores[1] = RocksUserStore(self.path, LAYOUT)
 
     @invariant()
     def every_row_and_the_progress_are_the_dictionarys(self) -> None:
         for store in getattr(self, "stores", []):
-            assert held(store) == [(user, bytes([f]) * (WIDTH - PAYLOAD)) for user, f in sorted(self.expected.items())]
-            assert at(store) == self.progress
+            assert held(store) == self.rows()
+            assert store.progress() == self.progress
 
 
 TestStoresAgainstADictionary = StoresAgainstADictionary.TestCase
-TestStoresAgainstADictionary.settings = settings(max_examples=12, stateful_step_count=12)
+TestStoresAgainstADictionary.settings = settings(
+    max_examples=max(30, settings.default.max_examples // 10), stateful_step_count=16
+)

@@ -43,7 +43,7 @@ def test_the_fields_stand_at_the_bytes_of_the_documentation():
     fields = RowLayout("full", 16, 8, 32).dtype.fields
     assert {name: fields[name][1] for name in fields} == {
         "layout_version": 0, "checksum": 4, "events": 8, "last_offset": 16, "first_time_ms": 24, "last_time_ms": 32,
-        "ledger": 40, "meta_version": 48, "seen_s": 52, "guarded": 56, "owner": 60, "mean": 64, "covariance": 128,
+        "ledger": 40, "meta_version": 48, "guarded": 56, "owner": 60, "mean": 64, "covariance": 128,
         "second_mean": 672, "second_covariance": 704, "padding": 848, "ring": 848,
     }  # fmt: skip
 

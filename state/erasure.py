@@ -1,0 +1,132 @@
+"""Erasing a user for good: the row with its event ring, and every trace of either in a store's files.
+
+    1. the tombstone goes to the changelog     2. row out, counts down: one batch, forced to the disk
+    3. the user leaves the memory              4. the files that may hold the id are written anew without it
+
+A crash between two of them leaves nothing that the same erasure, made again, does not finish. RocksDB names ids in
+its list of files and in its log for people, too: opening it again begins both anew. What is left then are blocks that
+the file system has freed and not yet overwritten.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from learner.user_state import RowLayout
+from state import codec
+from state.changelog import tombstone
+from state.codec import UNKNOWN, Progress
+from state.exceptions import RowDamaged, StoreLocked, StoreUnreadable
+from state.hot_rows import HotRows, without
+from state.receipt import Receipt, Removal
+from state.snapshot import rewrite
+from state.snapshot_content import held_partitions
+from state.snapshot_manifest import partition_name
+from state.store import RocksReader, RocksUserStore, UserStore
+from state.sweep import Publish
+
+_OLD_LOGS = "LOG.old.*"
+"""What RocksDB keeps of its logs for people when it is opened again"""
+
+
+class _Row(NamedTuple):
+    """What a store has of a user."""
+
+    bytes: int
+    """0: no row"""
+    events: int
+    """UNKNOWN where the row is damaged"""
+
+
+def erase_user(
+    store: UserStore, user: bytes, partition: int, *, hot: HotRows | None = None, publish: Publish | None = None
+) -> Removal:
+    """Erases a user from an open store, whether it is there or not, and tells what was removed.
+
+    For the process that writes to the store: ``hot`` is what it has of it in memory, ``publish`` its changelog. A store
+    on disk is opened anew meanwhile. Raises StoreError, and whatever ``publish`` does: erase again then.
+    """
+    row = _held(store, user)
+    if publish is not None:
+        publish([tombstone(user)])
+    if row.bytes:
+        progress = _without_row(store.progress(), row)
+        store.write_batch([], np.zeros((0, store.layout.row_bytes), np.uint8), progress, deleted=[user])
+    store.sync()
+    if hot is not None:
+        hot.forget()
+        hot.memory.wipe(user)
+    if isinstance(store, RocksUserStore):
+        _write_files_anew(store, user)
+    left = store.progress()
+    offset, version = (None, None) if left is None else (left.offset, left.meta_version)
+    return Removal(partition, bool(row.bytes), row.events, row.bytes, offset, version)
+
+
+def erase_from_directory(state_dir: Path, user: bytes, snapshots: Sequence[str] = ()) -> Receipt:
+    """Erases a user from all partitions of a state directory and from snapshots, while nobody writes to them.
+
+    Raises StoreLocked when somebody does, SnapshotError, StoreError; what was erased before that stays erased.
+    """
+    partitions = held_partitions(state_dir)
+    if not partitions:
+        raise StoreUnreadable(f"{state_dir} holds no partition: name the state directory of a run")
+    removals = []
+    for partition in partitions:
+        path = state_dir / partition_name(partition)
+        with _opened(path) as store:
+            removals.append(erase_user(store, user, partition))
+    return Receipt.of(user, removals, {url: erase_from_snapshot(url, user) for url in snapshots}, published=False)
+
+
+def erase_from_snapshot(url: str, user: bytes) -> tuple[Removal, ...]:
+    """Erases a user from every partition of a snapshot, which is replaced. Raises SnapshotError."""
+    removals: list[Removal] = []
+
+    def edit(partition: int, store: RocksUserStore) -> None:
+        removals.append(erase_user(store, user, partition))
+
+    rewrite(url, edit)
+    return tuple(removals)
+
+
+def _opened(path: Path) -> RocksUserStore:
+    with RocksReader(path) as reader:
+        layout: RowLayout = reader.layout
+    try:
+        return RocksUserStore(path, layout)
+    except StoreLocked as error:
+        raise StoreLocked(
+            f"{error}; an erasure needs the store for itself, or the worker that has it erases"
+        ) from error
+
+
+def _held(store: UserStore, user: bytes) -> _Row:
+    value = store.stored_row(user)
+    if value is None:
+        return _Row(0, 0)
+    try:
+        slab = codec.decode(store.layout, [user], [value])
+    except RowDamaged:  # it goes all the same
+        return _Row(len(value), UNKNOWN)
+    return _Row(len(value), int(store.layout.rows(slab)["events"][0]))
+
+
+def _without_row(progress: Progress | None, row: _Row) -> Progress | None:
+    if progress is None or row.events != UNKNOWN:
+        return without(progress, 1, row.events)
+    return replace(progress, users=UNKNOWN, events=UNKNOWN, written_at_ms=time.time_ns() // 1_000_000)
+
+
+def _write_files_anew(store: RocksUserStore, user: bytes) -> None:
+    """Leaves neither the id nor an older row of it in any file."""
+    store.compact(*store.neighbours(user))
+    store.reopen()
+    for log in store.path.glob(_OLD_LOGS):
+        log.unlink(missing_ok=True)

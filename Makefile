@@ -54,8 +54,8 @@ unit: $(READY) browser ## Tests (pytest); narrow them with PYTEST='tests/unit/te
 	$(BIN)/pytest $(PYTEST)
 
 .PHONY: soak
-soak: $(READY) ## Longer campaigns: the property tests with many more examples, not repeatable
-	$(BIN)/pytest tests/property --hypothesis-profile soak $(PYTEST)
+soak: $(READY) ## Longer campaigns, not repeatable: property tests with many more examples, and more faults
+	$(BIN)/pytest tests/property tests/faults --hypothesis-profile soak --campaign soak $(PYTEST)
 
 .PHONY: bench
 bench: $(VENV)/.bench ## Benchmarks, with the peers they compare against

@@ -14,24 +14,7 @@ from numpy.typing import NDArray
 from learner.event_clock import IDLE, NOBODY, Pace, advance, new_clock
 from learner.interactions import Interactions
 from learner.ledger import extend_ledgers
-from learner.user_state import item_hash
-
-KNOWN_HASHES = 1 << 20
-"""Hashes of item ids that are kept at hand; beyond it they are computed anew."""
-
-
-class ItemHashes:
-    """``item_hash`` of many ids, computed once for each."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, int] = {}
-
-    def of(self, item_ids: Iterable[str]) -> NDArray[np.uint64]:
-        """(I,)"""
-        if len(self._known) > KNOWN_HASHES:
-            self._known.clear()
-        known = self._known
-        return np.array([known.get(item) or known.setdefault(item, item_hash(item)) for item in item_ids], np.uint64)
+from learner.user_state import ItemHashes
 
 
 class Tally:

@@ -33,6 +33,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -53,6 +54,8 @@ NO_GRADE = 63
 """Grade of a ring entry whose event carried none; so a model has at most 63 grades."""
 AGE_DIGITS = 13
 """Significant bits of a ring entry's age"""
+KNOWN_HASHES = 1 << 20
+"""Hashes of item ids that are kept at hand, some 150 MB at most; beyond it they are computed anew"""
 MAX_AGE_S = ((1 << AGE_DIGITS) - 1) << 30
 """The largest age that a ring entry can hold (279,000 years); what is older reads as this."""
 
@@ -195,6 +198,20 @@ def recent_events(layout: RowLayout, row: np.void) -> RecentEvents:
 def item_hash(item_id: str) -> int:
     """64 bits of BLAKE2b over the id: the item's name in ledgers and rings, the same in every process."""
     return int.from_bytes(hashlib.blake2b(item_id.encode(), digest_size=8).digest(), "little")
+
+
+class ItemHashes:
+    """``item_hash`` of many ids, computed once for each."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, int] = {}
+
+    def of(self, item_ids: Iterable[str]) -> NDArray[np.uint64]:
+        """(I,)"""
+        if len(self._known) > KNOWN_HASHES:
+            self._known.clear()
+        known = self._known
+        return np.array([known.get(item) or known.setdefault(item, item_hash(item)) for item in item_ids], np.uint64)
 
 
 def ring_item(hashed: int) -> int:

@@ -29,7 +29,8 @@ from learner.user_state import RowLayout, Slab
 from state import codec
 from state.codec import UNKNOWN, Progress
 from state.exceptions import ChangelogError, RowDamaged
-from state.store import LAYOUT_KEY, PROGRESS_KEY, UserStore, user_key
+from state.keys import LAYOUT_KEY, PROGRESS_KEY, user_key
+from state.store import UserStore
 
 CHUNK_RECORDS = 8192
 """Records that are applied as one batch: 8 MB of rows at d = 16; a larger one is no faster."""
@@ -97,7 +98,7 @@ def restore(
 
     ``records`` are all that the log held at ``now_ms``, from its beginning. A row that the store has, or has a newer
     one of, is skipped. A store whose progress was written longer ago than the log keeps tombstones (or nobody knows
-    when) may hold users whose tombstones are gone: it is emptied and filled anew. Afterwards it is as old as ``now_ms``:
+    when) may hold users whose tombstones are gone: it is emptied and filled anew. Afterwards it is of ``now_ms``:
     it knows every tombstone until then. Restoring twice changes nothing else.
 
     Interrupted at any point, the store says that it is ``restoring`` and is refused until a restore has ended; the

@@ -34,6 +34,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import repeat
+from operator import is_not
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +94,20 @@ def decode(layout: RowLayout, users: Sequence[bytes], values: Sequence[bytes]) -
     if not sound.all():
         _upgrade(layout, users, slab, np.flatnonzero(~sound))
     return slab
+
+
+def decode_found(
+    layout: RowLayout, users: Sequence[bytes], values: Sequence[bytes | None]
+) -> tuple[Slab, NDArray[np.bool_]]:
+    """(rows, found): as ``decode`` for users some of whom have no row (None): zeros stand there."""
+    found = np.fromiter(map(is_not, values, repeat(None)), np.bool_, len(values))
+    held = [value for value in values if value is not None]
+    if len(held) == len(users):
+        return decode(layout, users, held), found
+    slab = np.zeros((len(values), layout.row_bytes), np.uint8)
+    if held:
+        slab[found] = decode(layout, [users[k] for k in np.flatnonzero(found).tolist()], held)
+    return slab, found
 
 
 def checksums(slab: Slab) -> NDArray[np.uint32]:

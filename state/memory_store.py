@@ -13,7 +13,6 @@ from learner.user_state import RowLayout, Slab
 from state import codec
 from state.codec import Progress
 from state.exceptions import StoreClosed
-from state.store import found_rows
 
 
 class MemoryUserStore:
@@ -35,7 +34,7 @@ class MemoryUserStore:
 
     def get_many(self, users: Sequence[bytes]) -> tuple[Slab, NDArray[np.bool_]]:
         """See ``UserStore``."""
-        return found_rows(self.layout, users, list(map(self._held().get, users)))
+        return codec.decode_found(self.layout, users, list(map(self._held().get, users)))
 
     def write_batch(
         self, users: Sequence[bytes], rows: Slab, progress: Progress | None, *, deleted: Sequence[bytes] = ()

@@ -2,25 +2,20 @@
 
 A batch of rows and the partition's progress are written in one atomic step, so after a crash rows and offset agree:
 whoever opens the store goes on after ``progress().offset``. Every write goes through RocksDB's write-ahead log, which
-survives kill -9 under every policy; what power loss can take back is the policy's (``SyncPolicy``), and it always
+survives kill -9 under every policy; what power loss can take back is the policy's (``state.syncing``), and it always
 takes rows and offset together.
 
-Keys: ``u`` + the user's id, and ``m`` + a name for the store's own, so no id can be one of those. No path is ever
-built from an id. What lies under a key is ``state.codec``'s.
+Where a row lies is ``state.keys``' matter, and what lies there ``state.codec``'s. No path is ever built from an id.
 """
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import repeat
-from operator import is_not
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +24,6 @@ from rocksdict import (
     Checkpoint,
     CompactOptions,
     Rdict,
-    RdictIter,
     WriteBatch,
     WriteOptions,
 )
@@ -46,21 +40,13 @@ from state.exceptions import (
     StoreUnfinished,
     StoreUnreadable,
 )
+from state.keys import AFTER_USERS, LAYOUT_KEY, PROGRESS_KEY, RESTORING_KEY, USER
 from state.rocksdb import StoreMemory, open_for_reading, open_for_writing, release, unreadable, write_failed
+from state.syncing import Syncing, SyncPolicy
+from state.walk import Walk
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
-
-_USER, _OWN, _AFTER_USERS = b"u", b"m", b"v"
-PROGRESS_KEY = _OWN + b"progress"
-"""Holds ``codec.Progress``."""
-LAYOUT_KEY = _OWN + b"layout"
-"""Holds the fingerprint of the rows' layout."""
-RESTORING_KEY = _OWN + b"restoring"
-"""There while a restore from the changelog is under way: rows may be missing, whatever the progress says."""
-_WALK_ROWS = 1024
-"""Rows that a walk reads ahead: enough to decode them as one array"""
-
 
 _READ_KEYS = 1024
 """Keys that one call of RocksDB reads: 16,384 at once take a fifth longer"""
@@ -76,25 +62,6 @@ _UNLOGGED.disable_wal = True  # type: ignore[method-assign, assignment]
 _REWRITING = CompactOptions()
 # Without it, RocksDB moves a file that overlaps no other one down as it is, with the deletions that stand in it.
 _REWRITING.set_bottommost_level_compaction(BottommostLevelCompaction.force())
-
-
-def user_key(user: bytes) -> bytes:
-    """Where a user's row lies in the database."""
-    return _USER + user
-
-
-@dataclass(frozen=True, slots=True)
-class SyncPolicy:
-    """When written batches are forced to the disk. kill -9 loses nothing under any of them.
-
-    never: power loss can take back what the system has not written out by itself (Linux: some 30 s).
-    interval: at most the batches of the last ``interval_ms``; one sync serves all batches of the interval.
-    batch: nothing that was confirmed.
-    What is taken back, rows and offset together, is applied again from the stream.
-    """
-
-    mode: Literal["never", "interval", "batch"] = "interval"
-    interval_ms: int = 1000
 
 
 class UserStore(Protocol):
@@ -162,7 +129,7 @@ class RocksReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._walks: weakref.WeakSet[_Walk] = weakref.WeakSet()
+        self._walks: weakref.WeakSet[Walk] = weakref.WeakSet()
         self._readers: ThreadPoolExecutor | None = None
         self._db: Rdict | None = self._opened()
         try:
@@ -184,9 +151,9 @@ class RocksReader:
 
     def get_many(self, users: Sequence[bytes]) -> tuple[Slab, NDArray[np.bool_]]:
         """See ``UserStore``."""
-        values = self._read([_USER + user for user in users])
+        values = self._read([USER + user for user in users])
         try:
-            return found_rows(self.layout, users, values)
+            return codec.decode_found(self.layout, users, values)
         except RowDamaged as error:
             raise error.at(str(self.path)) from None
 
@@ -210,23 +177,23 @@ class RocksReader:
 
     def stored_row(self, user: bytes) -> bytes | None:
         """See ``UserStore``."""
-        return self._read([_USER + user])[0]
+        return self._read([USER + user])[0]
 
     def neighbours(self, user: bytes) -> tuple[bytes | None, bytes | None]:
         """The ids next to a user's, before and after it in order of their bytes; the user need not be there."""
         cursor = self._open_db().iter()
-        cursor.seek_for_prev(_USER + user)
-        if cursor.valid() and cursor.key() == _USER + user:
+        cursor.seek_for_prev(USER + user)
+        if cursor.valid() and cursor.key() == USER + user:
             cursor.prev()
         before = cursor.key() if cursor.valid() else b""
-        cursor.seek(_USER + user + b"\0")
-        after = cursor.key()[len(_USER) :] if cursor.valid() else None
-        return (before[len(_USER) :] if before.startswith(_USER) else None), after
+        cursor.seek(USER + user + b"\0")
+        after = cursor.key()[len(USER) :] if cursor.valid() else None
+        return (before[len(USER) :] if before.startswith(USER) else None), after
 
-    def _walk(self, after: bytes | None) -> _Walk:
+    def _walk(self, after: bytes | None) -> Walk:
         cursor = self._open_db().iter()
-        cursor.seek(_USER if after is None else _USER + after + b"\0")
-        walk = _Walk(self.path, self.layout, cursor)
+        cursor.seek(USER if after is None else USER + after + b"\0")
+        walk = Walk(self.path, self.layout, cursor)
         self._walks.add(walk)
         return walk
 
@@ -302,7 +269,7 @@ class RocksUserStore(RocksReader):
     ) -> None:
         self._wanted = layout
         self._memory = memory or StoreMemory()
-        self._sync = _Syncing(sync or SyncPolicy(), self._timed_sync)
+        self._sync = Syncing(sync or SyncPolicy(), self._timed_sync)
         self._failed = False
         self._unlogged = False
         super().__init__(path)
@@ -329,10 +296,10 @@ class RocksUserStore(RocksReader):
         batch = WriteBatch(raw_mode=True)
         put = batch.put
         order = sorted(range(len(users)), key=users.__getitem__)
-        keys = map(_USER.__add__, map(users.__getitem__, order))
+        keys = map(USER.__add__, map(users.__getitem__, order))
         deque(map(put, keys, map(values.__getitem__, order)), maxlen=0)
         for user in deleted:
-            batch.delete(_USER + user)
+            batch.delete(USER + user)
         if progress is not None:
             put(PROGRESS_KEY, progress.encode())
         self._write(batch)
@@ -353,7 +320,7 @@ class RocksUserStore(RocksReader):
         batch.put(RESTORING_KEY, b"")
         if empty:
             batch.delete(PROGRESS_KEY)
-            batch.delete_range(_USER, _AFTER_USERS)
+            batch.delete_range(USER, AFTER_USERS)
         self._write(batch)
         if empty:
             self._confirmed = None
@@ -390,7 +357,7 @@ class RocksUserStore(RocksReader):
         db = self._open_db()
         try:
             db.flush()
-            db.compact_range(_USER + (first or b""), None if last is None else _USER + last, _REWRITING)
+            db.compact_range(USER + (first or b""), None if last is None else USER + last, _REWRITING)
         except Exception as error:  # rocksdict raises bare Exception for everything RocksDB says
             self._failed = True
             raise write_failed(self.path, error) from error
@@ -492,112 +459,3 @@ class RocksUserStore(RocksReader):
             batch.put(LAYOUT_KEY, wanted.fingerprint.encode())
             self._write(batch)
         return wanted
-
-
-class _Syncing:
-    """Carries a SyncPolicy out: write options for a batch, and one sync an interval for all batches of it."""
-
-    def __init__(self, policy: SyncPolicy, sync: Callable[[], None]) -> None:
-        self.write_options = WriteOptions()
-        self.write_options.sync = policy.mode == "batch"
-        self._interval_s = policy.interval_ms / 1000 if policy.mode == "interval" else None
-        self._sync = weakref.WeakMethod(sync)
-        self._lock = threading.Lock()
-        """Of ``_timer``"""
-        self._running = threading.Lock()
-        """Held while a sync runs"""
-        self._timer: threading.Timer | None = None
-
-    def written(self) -> None:
-        """A batch was written: it is synced within the interval."""
-        if self._interval_s is None:
-            return
-        with self._lock:
-            if self._timer is None:
-                self._timer = threading.Timer(self._interval_s, self._due)
-                self._timer.daemon = True
-                self._timer.start()
-
-    def stop(self) -> None:
-        """No sync is running or due after this."""
-        with self._lock:
-            timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
-            timer.join()
-        with self._running:
-            pass  # one that began before this has ended
-
-    def _due(self) -> None:
-        with self._running:
-            with self._lock:
-                self._timer = None
-            sync = self._sync()
-            if sync is not None:
-                sync()
-
-
-class _Walk:
-    """An iterator over a store's rows that the store can end.
-
-    RocksDB ends a walk at damage without a word; its status is asked at the end, so that none is taken for whole.
-    """
-
-    def __init__(self, path: Path, layout: RowLayout, cursor: RdictIter) -> None:
-        self._path = path
-        self._layout = layout
-        self._cursor: RdictIter | None = cursor
-        self._ahead: Iterator[tuple[bytes, NDArray[np.uint8]]] = iter(())
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> tuple[bytes, NDArray[np.uint8]]:
-        row = None if self._cursor is None else next(self._ahead, None)
-        if row is None:
-            self._ahead = self._read_ahead()
-            row = next(self._ahead)
-        return row
-
-    def read(self) -> tuple[list[bytes], list[bytes]]:
-        """The next ids and rows as stored; none at the end. Raises StoreUnreadable where they cannot be read."""
-        cursor = self._cursor
-        if cursor is None:
-            raise StoreClosed(f"the store {self._path} was closed during a walk over its rows: open it and walk again")
-        users: list[bytes] = []
-        values: list[bytes] = []
-        while len(users) < _WALK_ROWS and cursor.valid():
-            users.append(cursor.key()[len(_USER) :])
-            values.append(cursor.value())
-            cursor.next()
-        try:
-            cursor.status()
-        except Exception as error:  # rocksdict raises bare Exception for everything RocksDB says
-            del cursor  # whoever keeps the error would keep the store's lock with it
-            raise unreadable(self._path, error) from error
-        return users, values
-
-    def _read_ahead(self) -> Iterator[tuple[bytes, NDArray[np.uint8]]]:
-        users, values = self.read()
-        try:
-            return zip(users, codec.decode(self._layout, users, values), strict=True)
-        except RowDamaged as error:
-            raise error.at(str(self._path)) from None
-
-    def close(self) -> None:
-        self._cursor = None
-        self._ahead = iter(())
-
-
-def found_rows(
-    layout: RowLayout, users: Sequence[bytes], values: Sequence[bytes | None]
-) -> tuple[Slab, NDArray[np.bool_]]:
-    """(rows, found) of ``UserStore.get_many`` from stored values, None where there is none."""
-    found = np.fromiter(map(is_not, values, repeat(None)), np.bool_, len(values))
-    held = [value for value in values if value is not None]
-    if len(held) == len(users):
-        return codec.decode(layout, users, held), found
-    slab = np.zeros((len(values), layout.row_bytes), np.uint8)
-    if held:
-        slab[found] = codec.decode(layout, [users[k] for k in np.flatnonzero(found).tolist()], held)
-    return slab, found

@@ -15,7 +15,7 @@ from learner.adaptation import Adaptation, Adapted, EventColumns
 from learner.event_clock import NOBODY, Ticks, advance, new_clock
 from learner.interactions import Interactions
 from learner.serving import ServingModel
-from learner.user_state import HEADER_BYTES, RowLayout, Slab, item_hash, new_rows
+from learner.user_state import HEADER_BYTES, ItemHashes, RowLayout, Slab, new_rows
 from state.erasure import erase_user
 from state.expiry import Expiry, idle_up_to, pack_clock, unpack_clock
 from state.hot_rows import HotMemory, HotRows
@@ -27,8 +27,6 @@ OpenStore = Callable[[int, RowLayout], UserStore]
 """(topic partition, layout of the rows) -> its store"""
 
 DAY_MS = 86_400_000
-KNOWN_HASHES = 1 << 20
-"""Hashes of item ids that are kept at hand, some 150 MB at most; beyond it they are computed anew."""
 
 
 class Predictions(NamedTuple):
@@ -102,7 +100,7 @@ class Processor:
         self._sweepers: dict[int, Sweeper] = {}
         self._publish_gone = publish_gone
         self._adaptation = Adaptation(self.layout, model.first, model.second)
-        self._hashes: dict[str, int] = {}
+        self._hashes = ItemHashes()
 
     def __enter__(self) -> Self:
         return self
@@ -195,7 +193,7 @@ class Processor:
         item_rows = self.model.item_rows(records.item_ids, records.item_features, settle=settle)
         return EventColumns(
             records.user, records.item, records.label, self.model.grades(records.value),
-            records.event_time_ms, records.offset, item_rows, self._item_hashes(records.item_ids),
+            records.event_time_ms, records.offset, item_rows, self._hashes.of(records.item_ids),
         )  # fmt: skip
 
     def _next_part(self, hot: HotRows, records: Interactions, start: int) -> _Part:
@@ -258,15 +256,6 @@ class Processor:
         """The offset of the latest event at or before which a user is idle."""
         progress = hot.progress()
         return NOBODY if self._expiry is None or progress is None else idle_up_to(progress.clock)
-
-    def _item_hashes(self, item_ids: tuple[str, ...]) -> NDArray[np.uint64]:
-        known = self._hashes
-        if len(known) > KNOWN_HASHES:
-            known.clear()
-        for item in item_ids:
-            if item not in known:
-                known[item] = item_hash(item)
-        return np.fromiter(map(known.__getitem__, item_ids), np.uint64, len(item_ids))
 
 
 def _part(columns: EventColumns, part: slice, slot: NDArray[np.int32]) -> EventColumns:

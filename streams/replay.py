@@ -24,7 +24,8 @@ from learner.user_state import RowLayout
 from state.exceptions import StoreError
 from state.model_view import write_model_view
 from state.rocksdb import MEBIBYTE, StoreMemory
-from state.store import RocksUserStore, SyncPolicy
+from state.store import RocksUserStore
+from state.syncing import SyncPolicy
 from streams.data_notes import data_notes
 from streams.ordering import OrderedEvents
 from streams.processor import OpenStore, Processor, row_parts

@@ -13,7 +13,8 @@ from configs.exceptions import ColdstreamError
 from learner.event_clock import NOBODY, advance, new_clock
 from learner.interactions import Interactions
 from learner.ledger_trace import Divergence, History, trace
-from learner.tally import ItemHashes, Tally
+from learner.tally import Tally
+from learner.user_state import ItemHashes
 from state.audit import Audit, Difference, Expected, audit, shown
 from state.codec import Progress
 from state.exceptions import SnapshotError, StoreUnreadable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def soak(request: pytest.FixtureRequest) -> bool:
     """Whether this is the long campaign."""
     return bool(request.config.getoption("--campaign") == "soak")
+
+
+@pytest.fixture
+def seed(soak: bool) -> int:
+    """Of a campaign's faults: always the same in the short one; tests report it."""
+    return time.time_ns() % 1_000_000 if soak else 1
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from state.exceptions import StoreError, StoreUnreadable, StoreWriteFailed
-from state.store import RocksReader, SyncPolicy
+from state.store import RocksReader
+from state.syncing import SyncPolicy
 from tests.faults.oracle import EVENTS, TINY, Wrong, check, clean_pass, finish, open_store, processor, stream
 
 MOST = 40

@@ -10,7 +10,8 @@ from learner.interactions import Interactions
 from learner.user_state import RowLayout
 from state.memory_store import MemoryUserStore
 from state.rocksdb import StoreMemory
-from state.store import RocksReader, RocksUserStore, SyncPolicy, UserStore
+from state.store import RocksReader, RocksUserStore, UserStore
+from state.syncing import SyncPolicy
 from streams.processor import Processor
 from tests.models import random_stream, small_model
 
@@ -43,7 +44,8 @@ def clean_pass() -> dict[int | None, dict[bytes, bytes]]:
 
 def processor(store: UserStore, commit_events: int) -> Processor:
     """One over a store that is open, and that it closes."""
-    return Processor(small_model("full"), lambda _, __: store, StateSettings(commit_events=commit_events, ring=RING))
+    state = StateSettings(commit_events=commit_events, ring=RING, hot_rows_mb=1)
+    return Processor(small_model("full"), lambda _, __: store, state)
 
 
 def open_store(path: Path, memtables: int = LARGE, sync: SyncPolicy | None = None) -> RocksUserStore:

@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[2]
 KILLS, KILLS_SOAK = 100, 500
 
 
-def test_rows_and_ledgers_of_killed_writers_are_those_of_a_clean_pass(soak, report):
+def test_rows_and_ledgers_of_killed_writers_are_those_of_a_clean_pass(soak, seed, report):
     kills = KILLS_SOAK if soak else KILLS
     with tempfile.TemporaryDirectory(dir=scratch()) as directory:
-        command = [sys.executable, "-m", "tests.faults.kills", directory, str(kills), "1"]
+        command = [sys.executable, "-m", "tests.faults.kills", directory, str(kills), str(seed)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -26,4 +26,4 @@ def test_rows_and_ledgers_of_killed_writers_are_those_of_a_clean_pass(soak, repo
     assert set(found["kills"]) == set(POINTS)
     points = ", ".join(f"{n} {point}" for point, n in sorted(found["kills"].items()))
     others = ", ".join(f"{n} {what}" for what, n in found["counts"].items())
-    report(f"kills: {kills} of writers, all of them resumed to the bit ({points}); {others}")
+    report(f"kills: {kills} of writers, all of them resumed to the bit ({points}); {others}; seed {seed}")

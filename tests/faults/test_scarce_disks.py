@@ -8,7 +8,8 @@ import pytest
 
 from state.exceptions import StoreError, StoreUnreadable, StoreWriteFailed
 from state.snapshot import snapshot_of_open
-from state.store import RocksReader, SyncPolicy
+from state.store import RocksReader
+from state.syncing import SyncPolicy
 from tests.faults.oracle import EVENTS, LARGE, TINY, check, finish, open_store, processor, stream
 
 PAGE = 4096

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from learner.user_state import RowLayout
 from state.changelog import Record, committed, restore
 from state.codec import Progress
+from state.keys import PROGRESS_KEY
 from state.memory_store import MemoryUserStore
-from state.store import PROGRESS_KEY, RocksUserStore, UserStore
+from state.store import RocksUserStore, UserStore
 
 LAYOUT = RowLayout("gradient", 2, 0, 0)
 USERS = [b"", b"a", b"mprogress", b"x" * 300, b"\0"]

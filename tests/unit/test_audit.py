@@ -17,8 +17,9 @@ from learner.user_state import RowLayout, item_hash
 from state.audit import MOST_FINDINGS, Audit, audit
 from state.codec import UNKNOWN, Progress
 from state.expiry import Expiry, pack_clock
+from state.keys import PROGRESS_KEY, user_key
 from state.receipt import Receipt, Removal
-from state.store import PROGRESS_KEY, RocksReader, RocksUserStore, user_key
+from state.store import RocksReader, RocksUserStore
 from streams.processor import DAY_MS, Processor
 from streams.verification import VerificationError, verify_store
 from tests.models import random_stream, small_model

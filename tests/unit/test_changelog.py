@@ -16,8 +16,9 @@ from learner.user_state import RowLayout
 from state.changelog import Record, Restored, committed, restore, tombstone
 from state.codec import UNKNOWN, Progress, encode
 from state.exceptions import ChangelogError, RowDamaged, StoreUnfinished
+from state.keys import LAYOUT_KEY, PROGRESS_KEY, user_key
 from state.memory_store import MemoryUserStore
-from state.store import LAYOUT_KEY, PROGRESS_KEY, RocksUserStore, user_key
+from state.store import RocksUserStore
 
 LAYOUT = RowLayout("gradient", 2, 0, 0)
 DAY = 86_400_000

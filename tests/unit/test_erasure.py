@@ -19,10 +19,11 @@ from state.codec import UNKNOWN, Progress
 from state.erasure import erase_from_directory, erase_from_snapshot, erase_user
 from state.exceptions import ReceiptError, StoreLocked, StoreWriteFailed
 from state.hot_rows import HotMemory, HotRows
+from state.keys import user_key
 from state.memory_store import MemoryUserStore
 from state.receipt import BEYOND_REACH, Receipt, Removal, read_receipt, write_receipt
 from state.snapshot import snapshot
-from state.store import RocksReader, RocksUserStore, user_key
+from state.store import RocksReader, RocksUserStore
 from streams.processor import Processor
 from streams.verification import verify_receipt_in_snapshots, verify_store
 from tests.models import random_stream, small_model

@@ -11,7 +11,7 @@ from learner.adaptation import Adaptation, EventColumns
 from learner.scan import gradient_scan, kalman_scan
 from learner.serving import FirstFilter, ItemTable
 from learner.user_state import RowLayout, new_rows
-from state.store import MemoryUserStore
+from state.memory_store import MemoryUserStore
 from streams.processor import Processor
 from tests.models import GRADES, HEADS, first_filter, random_stream, small_model
 

@@ -11,7 +11,7 @@ from configs.settings import StateSettings
 from learner.features import Catalogue, FeatureEncoder, FeatureField, SparseRows
 from learner.interactions import FeatureColumn, Interactions
 from learner.serving import ServingModel
-from state.store import MemoryUserStore
+from state.memory_store import MemoryUserStore
 from streams.processor import Predictions, Processor
 from tests.models import f32, small_model
 

@@ -22,8 +22,9 @@ from state.exceptions import (
     StoreUnreadable,
     StoreWriteFailed,
 )
+from state.keys import LAYOUT_KEY, PROGRESS_KEY, user_key
 from state.rocksdb import ROCKSDICT_SETTINGS, StoreMemory, open_for_writing
-from state.store import LAYOUT_KEY, PROGRESS_KEY, RocksReader, RocksUserStore, user_key
+from state.store import RocksReader, RocksUserStore
 from tests.models import offset_of, sealed
 
 LAYOUT = RowLayout("full", 3, 0, 2)

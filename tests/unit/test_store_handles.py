@@ -19,8 +19,10 @@ from rocksdict import Options, Rdict
 from learner.user_state import RowLayout
 from state.codec import Progress
 from state.exceptions import RowDamaged, StoreLocked, StoreMismatch, StoreUnreadable
+from state.keys import user_key
 from state.rocksdb import StoreMemory, open_for_writing
-from state.store import RocksReader, RocksUserStore, SyncPolicy, user_key
+from state.store import RocksReader, RocksUserStore
+from state.syncing import SyncPolicy
 from tests.models import offset_of
 
 LAYOUT = RowLayout("gradient", 2, 0, 0)

@@ -12,8 +12,9 @@ from state.codec import UNKNOWN, Progress
 from state.exceptions import RowDamaged, StoreWriteFailed
 from state.expiry import Expiry, idle_up_to, pack_clock, unpack_clock
 from state.hot_rows import HotMemory, HotRows
+from state.keys import user_key
 from state.memory_store import MemoryUserStore
-from state.store import RocksUserStore, user_key
+from state.store import RocksUserStore
 from state.sweep import Sweeper
 
 LAYOUT = RowLayout("gradient", 2, 0, 2)

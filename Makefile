@@ -30,9 +30,10 @@ demo: $(READY) ## Generate a stream with a known truth, learn from it, stream it
 	$(BIN)/coldstream backtest --config $(DEMO)/config.yaml --baselines --state $(DEMO)/state \
 	  --save-model $(DEMO)/model --json $(DEMO)/result.json --predictions $(DEMO)/predictions.parquet \
 	  --report $(DEMO)/report.html
+	$(BIN)/coldstream verify --state $(DEMO)/state --config $(DEMO)/config.yaml
 	@echo
 	@echo "Open $(DEMO)/report.html in a browser."
-	@echo "Next: query a user: $(BIN)/coldstream query u1500 --state $(DEMO)/state"
+	@echo "Next: ask about a user: $(BIN)/coldstream query u1500 --state $(DEMO)/state --top 5"
 	@echo "      run it on your own file, see 'Your own data' in README.md; it takes ten lines of YAML."
 	@echo "      $(BIN)/coldstream backtest --model $(DEMO)/model --config $(DEMO)/config.yaml streams again without training."
 

@@ -132,7 +132,10 @@ def open_for_writing(path: Path, memory: StoreMemory, lock_wait_s: float = LOCK_
 
 
 def open_for_reading(path: Path) -> Rdict:
-    """The database at ``path`` as it stands now, beside a writer or not; nothing is written. Raises StoreUnreadable."""
+    """The database at ``path`` as it stands now, beside a writer or not. Raises StoreUnreadable.
+
+    Nothing is written but rocksdict's settings, which nothing reads; where that is refused, it works all the same.
+    """
     if not (path / "CURRENT").is_file():
         raise StoreUnreadable(f"{path} holds no store: name a partition's directory under --state of a run")
     try:

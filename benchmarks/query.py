@@ -31,8 +31,8 @@ from learner.features import FeatureEncoder, SparseRows
 from learner.interactions import Interactions
 from learner.serving import FirstFilter, FixedPart, SecondFilter, ServingModel
 from learner.user_state import packed_width
-from state.model_view import write_model_view
 from state.query import StateReader
+from state.reading.model_view import write_model_view
 from streams.processor import Processor
 from streams.replay import rocks_stores
 

@@ -25,9 +25,9 @@ from state.codec import UNKNOWN, Progress
 from state.exceptions import RowDamaged, StoreLocked, StoreUnreadable
 from state.hot_rows import HotRows, without
 from state.receipt import Receipt, Removal
-from state.snapshot import rewrite
-from state.snapshot_content import held_partitions
-from state.snapshot_manifest import partition_name
+from state.snapshots.content import held_partitions
+from state.snapshots.manifest import partition_name
+from state.snapshots.snapshot import rewrite
 from state.store import RocksReader, RocksUserStore, UserStore
 from state.sweep import Publish
 

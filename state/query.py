@@ -18,10 +18,10 @@ import numpy as np
 from learner.user_state import RowLayout
 from state.exceptions import QueryError, SnapshotError, StoreMismatch, StoreUnreadable
 from state.expiry import idle_up_to
-from state.explain import explain, in_prior_sd
-from state.model_view import FILE, ModelView
-from state.point import NOW, Point
-from state.reports import (
+from state.reading.explain import explain, in_prior_sd
+from state.reading.model_view import FILE, ModelView
+from state.reading.point import NOW, Point
+from state.reading.reports import (
     DiffReport,
     Found,
     UserReport,
@@ -30,12 +30,12 @@ from state.reports import (
     stranger_report,
     user_report,
 )
-from state.scores import most_changed, scores, top
+from state.reading.scores import most_changed, scores, top
+from state.reading.time_travel import Moment, Stored, Timeline
 from state.store import RocksReader
-from state.time_travel import Moment, Stored, Timeline
 
 if TYPE_CHECKING:  # few readers follow, and what it imports takes time
-    from state.following import FollowingReader
+    from state.reading.following import FollowingReader
 
 MOST_CHANGED = 5
 """Items that a diff names each way"""
@@ -181,7 +181,7 @@ class StateReader:
     def _opened(self, directory: Path) -> RocksReader:
         if not self._follow:
             return RocksReader(directory)
-        from state.following import FollowingReader
+        from state.reading.following import FollowingReader
 
         follower = FollowingReader(directory)
         self._followers.append(follower)

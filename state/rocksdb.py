@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 import time
@@ -50,14 +49,14 @@ _HELD_BY_OTHER = "While lock file"
 _HELD_HERE = "lock hold by current process"
 """What RocksDB says when another handle has the lock: of another process, of this one."""
 _CAUSES = (
-    ("No space left", errno.ENOSPC, "free space on its disk, then go on"),
-    ("Disk quota exceeded", errno.EDQUOT, "raise its quota, then go on"),
-    ("Read-only file system", errno.EROFS, "mount its disk for writing, then go on"),
-    ("Too many open files", errno.EMFILE, "raise the limit of open files (ulimit -n), then go on"),
-    ("Permission denied", errno.EACCES, "check the rights on the path"),
-    ("Input/output error", errno.EIO, "check its disk; restore a snapshot if it is broken"),
+    ("No space left", "free space on its disk, then go on"),
+    ("Disk quota exceeded", "raise its quota, then go on"),
+    ("Read-only file system", "mount its disk for writing, then go on"),
+    ("Too many open files", "raise the limit of open files (ulimit -n), then go on"),
+    ("Permission denied", "check the rights on the path"),
+    ("Input/output error", "check its disk; restore a snapshot if it is broken"),
 )
-"""(what the error text holds, its errno, the next action)"""
+"""(what the error text holds, the next action)"""
 
 
 class HasMemtable(Protocol):
@@ -149,6 +148,19 @@ def open_for_reading(path: Path) -> Rdict:
         raise unreadable(path, error) from error
 
 
+def open_following(path: Path, notes: Path) -> Rdict:
+    """The database at ``path`` as it stands, which can catch up with its writer (RocksDB's secondary instance).
+
+    ``notes`` is a directory for RocksDB's own files, whose owner removes it. Raises StoreUnreadable.
+    """
+    if not (path / "CURRENT").is_file():
+        raise StoreUnreadable(f"{path} holds no store: name a partition's directory under --state of a run")
+    try:
+        return opened(path, reading_options(), AccessType.secondary(str(notes)))
+    except Exception as error:  # rocksdict raises bare Exception for everything RocksDB says
+        raise unreadable(path, error) from error
+
+
 def _opened_by_links(path: Path) -> Rdict:
     """For a disk or a user that may not write: rocksdict writes its settings (40 bytes) anew wherever it opens, even
     to read. So it is given a directory of links to the store's files; once it has opened them it needs no names.
@@ -231,7 +243,7 @@ def _command_of(pid: int) -> str:
 
 
 def _action(error: Exception, otherwise: str) -> str:
-    return next((action for said, _, action in _CAUSES if said in str(error)), otherwise)
+    return next((action for said, action in _CAUSES if said in str(error)), otherwise)
 
 
 def _options(memory: StoreMemory) -> Options:

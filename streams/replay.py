@@ -22,7 +22,7 @@ from learner.metrics import Metrics, evaluate, event_index
 from learner.serving import ServingModel
 from learner.user_state import RowLayout
 from state.exceptions import StoreError
-from state.model_view import write_model_view
+from state.reading.model_view import write_model_view
 from state.rocksdb import MEBIBYTE, StoreMemory
 from state.store import RocksUserStore
 from state.syncing import SyncPolicy

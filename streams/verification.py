@@ -20,9 +20,9 @@ from state.codec import Progress
 from state.exceptions import SnapshotError, StoreUnreadable
 from state.expiry import Expiry, pack_clock
 from state.receipt import Receipt
-from state.snapshot import restore
-from state.snapshot_content import held_partitions
-from state.snapshot_manifest import partition_name, partition_of
+from state.snapshots.content import held_partitions
+from state.snapshots.manifest import partition_name, partition_of
+from state.snapshots.snapshot import restore
 from state.store import RocksReader
 
 Batches = Callable[[], Iterable[Interactions]]

@@ -11,7 +11,7 @@ import numpy as np
 from configs.settings import StateSettings
 from learner.interactions import Interactions
 from learner.serving import ServingModel
-from state.model_view import write_model_view
+from state.reading.model_view import write_model_view
 from state.store import RocksUserStore
 from streams.processor import Processor
 from streams.replay import rocks_stores

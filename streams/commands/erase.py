@@ -11,7 +11,7 @@ import typer
 from configs.exceptions import ColdstreamError
 from state.erasure import erase_from_directory
 from state.receipt import Receipt, Removal, write_receipt
-from state.snapshot import read_snapshot
+from state.snapshots.snapshot import read_snapshot
 from streams.commands.outputs import require_file
 
 

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from state.exceptions import QueryError
-from state.point import NOW, parse_point
 from state.query import StateReader
+from state.reading.point import NOW, parse_point
 from streams.commands.query_text import diff_text, user_text
 
 EXIT_UNKNOWN = 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from state.explain import ExplainedEvent, Explanation
-from state.point import time_text
-from state.reports import DiffReport, PointReport, UserReport
-from state.scores import Change, Score
+from state.reading.explain import ExplainedEvent, Explanation
+from state.reading.point import time_text
+from state.reading.reports import DiffReport, PointReport, UserReport
+from state.reading.scores import Change, Score
 
 MOVERS = 10
 """Events that are shown, those that moved the user most; JSON has all"""

@@ -11,8 +11,8 @@ import typer
 from learner.artifact import read_artifact
 from learner.user_state import RowLayout
 from state.exceptions import SnapshotError
-from state.snapshot import read_snapshot, restore
-from state.snapshot_manifest import Snapshot
+from state.snapshots.manifest import Snapshot
+from state.snapshots.snapshot import read_snapshot, restore
 from streams.commands.snapshot import described
 
 

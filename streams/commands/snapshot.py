@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from state.snapshot import snapshot
-from state.snapshot_manifest import Snapshot
+from state.snapshots.manifest import Snapshot
+from state.snapshots.snapshot import snapshot
 
 
 def take_snapshot(

@@ -15,8 +15,8 @@ from configs.settings import Settings
 from state.audit import Audit, shown
 from state.expiry import Expiry
 from state.receipt import Receipt, read_receipt
-from state.snapshot_content import held_partitions
-from state.snapshot_manifest import partition_name
+from state.snapshots.content import held_partitions
+from state.snapshots.manifest import partition_name
 from streams.commands.options import Config, Data, OfflineFraction, Overrides, settings_from
 from streams.processor import DAY_MS
 from streams.protocol import online_batches

@@ -25,7 +25,7 @@ import numpy as np
 
 import state.store
 from state.exceptions import StoreUnreadable
-from state.snapshot import restore, snapshot_of_open
+from state.snapshots.snapshot import restore, snapshot_of_open
 from state.store import RocksReader, RocksUserStore
 from state.syncing import SyncPolicy
 from tests.faults.oracle import EVENTS, LARGE, TINY, Wrong, check, clean_pass, open_store, processor, stream

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from state.exceptions import StoreError, StoreUnreadable, StoreWriteFailed
-from state.snapshot import snapshot_of_open
+from state.snapshots.snapshot import snapshot_of_open
 from state.store import RocksReader
 from state.syncing import SyncPolicy
 from tests.faults.oracle import EVENTS, LARGE, TINY, check, finish, open_store, processor, stream

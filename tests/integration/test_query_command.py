@@ -16,7 +16,7 @@ from configs.loading import load_settings
 from configs.settings import StateSettings
 from learner.artifact import read_artifact
 from learner.interactions import Interactions
-from state.model_view import FILE
+from state.reading.model_view import FILE
 from state.store import RocksReader
 from streams.processor import Processor
 from streams.replay import rocks_stores

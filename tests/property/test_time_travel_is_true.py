@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from learner.interactions import Interactions
 from learner.retrace import AdaptivePart
 from state.exceptions import QueryError
-from state.point import Point
 from state.query import StateReader
+from state.reading.point import Point
 from tests.models import HEADS, small_model
 from tests.states import START_MS, running, take_snapshot
 

@@ -22,7 +22,7 @@ from state.hot_rows import HotMemory, HotRows
 from state.keys import user_key
 from state.memory_store import MemoryUserStore
 from state.receipt import BEYOND_REACH, Receipt, Removal, read_receipt, write_receipt
-from state.snapshot import snapshot
+from state.snapshots.snapshot import snapshot
 from state.store import RocksReader, RocksUserStore
 from streams.processor import Processor
 from streams.verification import verify_receipt_in_snapshots, verify_store

@@ -14,7 +14,7 @@ from learner.serving import ServingModel
 from learner.user_state import RowLayout, item_hash, ring_item
 from state.exceptions import StoreDamaged
 from state.expiry import Expiry
-from state.model_view import CHUNK, FILE, ModelView, write_model_view
+from state.reading.model_view import CHUNK, FILE, ModelView, write_model_view
 from tests.models import GRADES, HEADS, small_model
 
 USERS = Catalogue(
@@ -124,7 +124,7 @@ def test_look_ups_agree_with_a_dictionary_in_a_catalogue_of_many(tmp_path):
 
 
 def test_a_file_of_another_kind_or_version_is_refused(tmp_path):
-    from state.sealed_tensors import write_sealed
+    from state.reading.sealed_tensors import write_sealed
 
     for metadata, message in (
         ({"format": "another"}, "is another of version unknown"),

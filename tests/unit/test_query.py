@@ -17,9 +17,9 @@ from learner.interactions import Interactions
 from learner.user_state import RowLayout
 from state.codec import Progress
 from state.exceptions import QueryError, StoreDamaged, StoreMismatch, StoreUnreadable
-from state.model_view import FILE, write_model_view
-from state.point import NOW
 from state.query import StateReader
+from state.reading.model_view import FILE, write_model_view
+from state.reading.point import NOW
 from state.store import RocksReader, RocksUserStore
 from streams.cli import app
 from streams.commands.query_text import user_text

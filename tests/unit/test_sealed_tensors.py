@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from state.exceptions import StoreDamaged, StoreUnreadable
-from state.sealed_tensors import BLOCK_BYTES, SealedTensors, write_sealed
+from state.reading.sealed_tensors import BLOCK_BYTES, SealedTensors, write_sealed
 
 TENSORS = {
     "bytes": np.arange(7, dtype=np.uint8),

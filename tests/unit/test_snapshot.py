@@ -19,9 +19,9 @@ import pytest
 from learner.user_state import RowLayout
 from state.codec import Progress
 from state.exceptions import SnapshotError, StoreLocked
-from state.snapshot import list_snapshots, read_snapshot, restore, rewrite, snapshot, snapshot_of_open
-from state.snapshot_copy import checkpoint_idle, copy_beside_writer
-from state.snapshot_manifest import MANIFEST, SnapshotProgress, decode_manifest, encode_manifest
+from state.snapshots.copying import checkpoint_idle, copy_beside_writer
+from state.snapshots.manifest import MANIFEST, SnapshotProgress, decode_manifest, encode_manifest
+from state.snapshots.snapshot import list_snapshots, read_snapshot, restore, rewrite, snapshot, snapshot_of_open
 from state.store import RocksReader, RocksUserStore
 
 LAYOUT = RowLayout("gradient", 2, 0, 0)
@@ -195,7 +195,7 @@ def test_a_snapshot_beside_a_busy_writer_is_one_point_in_time(tmp_path):
 
 def test_a_view_catches_up_again_when_the_writer_moved_its_files_meanwhile(state, tmp_path, monkeypatch):
     states = iter([("MANIFEST-000005", 1), ("MANIFEST-000005", 2), ("MANIFEST-000005", 2), ("MANIFEST-000005", 2)])
-    monkeypatch.setattr("state.snapshot_copy._manifest_state", lambda store: next(states))
+    monkeypatch.setattr("state.snapshots.copying._manifest_state", lambda store: next(states))
     copy_beside_writer(state / "partition-0", tmp_path / "copy")
     assert next(states, None) is None
     assert held(tmp_path / "copy")[0] == FIRST
@@ -512,7 +512,7 @@ import resource, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from state.exceptions import SnapshotError
-from state.snapshot import restore, snapshot
+from state.snapshots.snapshot import restore, snapshot
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
@@ -560,7 +560,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from state.snapshot import restore, snapshot
+from state.snapshots.snapshot import restore, snapshot
 real, left = os.rename, int(sys.argv[5])
 def rename(source, target):
     global left

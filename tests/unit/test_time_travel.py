@@ -9,8 +9,8 @@ import pytest
 
 from learner.interactions import Interactions
 from state.exceptions import QueryError, SnapshotError
-from state.point import NOW, Point, parse_point
 from state.query import StateReader
+from state.reading.point import NOW, Point, parse_point
 from streams.commands.query_text import diff_text
 from tests.models import HEADS, small_model
 from tests.states import RING, START_MS, left_behind, running, take_snapshot, visits

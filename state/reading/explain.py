@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from learner.filters import FirstFilter, Float
 from learner.retrace import AdaptivePart, Step
-from state.history import Base, PastEvent, between, model_grade, replay
-from state.model_view import ModelView
+from state.reading.history import Base, PastEvent, between, model_grade, replay
+from state.reading.model_view import ModelView
 
 Method = Literal["replayed", "influence"]
 

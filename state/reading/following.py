@@ -6,10 +6,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from rocksdict import AccessType, Options, Rdict
+from rocksdict import Rdict
 
-from state.exceptions import StoreUnreadable
-from state.rocksdb import unreadable
+from state.rocksdb import open_following, unreadable
 from state.store import RocksReader
 
 
@@ -37,13 +36,7 @@ class FollowingReader(RocksReader):
 
     def _opened(self) -> Rdict:
         try:
-            if not (self.path / "CURRENT").is_file():
-                raise StoreUnreadable(f"{self.path} holds no store: name a partition's directory of a run")
-            access = AccessType.secondary(str(self._notes))
-            return Rdict(str(self.path), options=Options(raw_mode=True), access_type=access)
-        except StoreUnreadable:
+            return open_following(self.path, self._notes)
+        except BaseException:
             shutil.rmtree(self._notes, ignore_errors=True)
             raise
-        except Exception as error:  # rocksdict raises bare Exception for everything RocksDB says
-            shutil.rmtree(self._notes, ignore_errors=True)
-            raise unreadable(self.path, error) from error

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from learner.filters import Float
 from learner.retrace import AdaptivePart
-from state.model_view import ModelView
+from state.reading.model_view import ModelView
 
 
 class Score(NamedTuple):

@@ -12,7 +12,7 @@ from learner.user_state import RowLayout, Slab
 from state.codec import UNKNOWN
 from state.exceptions import SnapshotError
 from state.rocksdb import MEBIBYTE
-from state.snapshot_manifest import (
+from state.snapshots.manifest import (
     DRIVER_FILE,
     MANIFEST,
     STATE_FILES,
@@ -26,9 +26,9 @@ from state.snapshot_manifest import (
     partition_name,
     partition_of,
 )
-from state.snapshot_places import LocalPlace, Place, copy_file, write_bytes
+from state.snapshots.places import LocalPlace, Place, copy_file, write_bytes
+from state.snapshots.whole_directories import appear, partial_directory
 from state.store import RocksReader
-from state.whole_directories import appear, partial_directory
 
 _MANIFEST_BYTES = 64 * MEBIBYTE
 """Some 500,000 files; a larger manifest is none of ours and is not read."""

@@ -1,6 +1,6 @@
 """Where a snapshot lies: a directory of this machine, or anywhere that fsspec reaches. Nothing here knows rows.
 
-A local snapshot appears under its name in one rename, complete and on the disk (``state.whole_directories``). A remote
+A local snapshot appears under its name in one rename, complete and on the disk (see ``whole_directories``). A remote
 one is uploaded file by file, the manifest last: without a manifest it is no snapshot.
 """
 
@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from state.exceptions import SnapshotError, StoreWriteFailed
-from state.snapshot_manifest import MANIFEST, SnapshotFile, is_database_file, partition_of
-from state.whole_directories import PARTIAL, REPLACED, appear, partial_directory, sync_tree
+from state.snapshots.manifest import MANIFEST, SnapshotFile, is_database_file, partition_of
+from state.snapshots.whole_directories import PARTIAL, REPLACED, appear, partial_directory, sync_tree
 
 _COPY_BYTES = 1 << 20
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})

@@ -9,7 +9,7 @@ import numpy as np
 
 from learner.retrace import AdaptivePart, Step
 from learner.user_state import AGE_DIGITS, NO_GRADE, RowLayout, recent_events
-from state.model_view import ModelView
+from state.reading.model_view import ModelView
 
 
 class PastEvent(NamedTuple):

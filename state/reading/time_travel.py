@@ -20,9 +20,9 @@ import numpy as np
 from learner.retrace import AdaptivePart
 from learner.user_state import RowLayout
 from state.exceptions import QueryError
-from state.history import Base, PastEvent, between, past_events, replay
-from state.model_view import ModelView
-from state.point import Point, time_text
+from state.reading.history import Base, PastEvent, between, past_events, replay
+from state.reading.model_view import ModelView
+from state.reading.point import Point, time_text
 
 START = "the start"
 _NEVER = 1 << 62

@@ -9,11 +9,11 @@ import numpy as np
 from learner.filters import Float
 from learner.retrace import AdaptivePart
 from learner.user_state import RowLayout
-from state.explain import Distance, ExplainedEvent, Explanation, distance, explain
-from state.model_view import DAY_MS, ModelView
-from state.point import NOW, Point
-from state.scores import Change, Score
-from state.time_travel import Moment, Timeline
+from state.reading.explain import Distance, ExplainedEvent, Explanation, distance, explain
+from state.reading.model_view import DAY_MS, ModelView
+from state.reading.point import NOW, Point
+from state.reading.scores import Change, Score
+from state.reading.time_travel import Moment, Timeline
 
 
 class Found(NamedTuple):

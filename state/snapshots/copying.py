@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rocksdict import AccessType, Checkpoint, Options, Rdict, WriteBatch
+from rocksdict import Checkpoint, Rdict, WriteBatch
 
 from state.exceptions import StoreUnreadable
-from state.rocksdb import MEBIBYTE, StoreMemory, open_for_writing, release, unreadable, write_failed
+from state.rocksdb import MEBIBYTE, StoreMemory, open_following, open_for_writing, release, unreadable, write_failed
 
 COPY_ATTEMPTS = 8
 """Times that a copy is begun anew because the writer removed a file before the view had opened it"""
@@ -60,7 +60,7 @@ def copy_beside_writer(store: Path, target: Path) -> None:
 
 @contextmanager
 def _fixed_view(store: Path, scratch: Path) -> Iterator[Rdict]:
-    view = _secondary(store, scratch)
+    view = open_following(store, scratch)
     try:
         _settle(view, store)
         yield view
@@ -82,13 +82,6 @@ def _settle(view: Rdict, store: Path) -> None:
         f"the store {store} cannot be read at one point in time: whoever writes to it moved its files "
         f"{CATCH_UP_ATTEMPTS} times while it was read; try again"
     )
-
-
-def _secondary(store: Path, scratch: Path) -> Rdict:
-    try:
-        return Rdict(str(store), options=Options(raw_mode=True), access_type=AccessType.secondary(str(scratch)))
-    except Exception as error:  # rocksdict raises bare Exception for everything RocksDB says
-        raise unreadable(store, error) from error
 
 
 def _manifest_state(store: Path) -> tuple[str, int]:

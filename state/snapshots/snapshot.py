@@ -1,6 +1,6 @@
 """Snapshots of a state directory: taken beside a running writer, verified in every byte when they are restored.
 
-    snapshot.json  partition-N/…  model.safetensors …    see ``snapshot_manifest`` (format), ``snapshot_places`` (where)
+    snapshot.json  partition-N/…  model.safetensors …    see ``manifest`` (format), ``places`` (where)
 
 A snapshot is one point in time of each partition: rows and progress agree, and are counted before it is kept. It
 shares no bytes on the disk with the store, so that damage to one leaves the other whole.
@@ -18,7 +18,7 @@ from pathlib import Path
 from learner.user_state import RowLayout
 from state.exceptions import SnapshotError, StoreLocked
 from state.rocksdb import MEBIBYTE, StoreMemory
-from state.snapshot_content import (
+from state.snapshots.content import (
     fetch_partition,
     fetch_state_files,
     held_partitions,
@@ -26,11 +26,11 @@ from state.snapshot_content import (
     verified_listing,
     write_content,
 )
-from state.snapshot_copy import checkpoint_idle, copy_beside_writer
-from state.snapshot_manifest import MANIFEST, STATE_FILES, PartitionSnapshot, Snapshot, partition_name
-from state.snapshot_places import LocalPlace, Place, RemotePlace, place_of, told_as_snapshot_errors
+from state.snapshots.copying import checkpoint_idle, copy_beside_writer
+from state.snapshots.manifest import MANIFEST, STATE_FILES, PartitionSnapshot, Snapshot, partition_name
+from state.snapshots.places import LocalPlace, Place, RemotePlace, place_of, told_as_snapshot_errors
+from state.snapshots.whole_directories import appear, partial_directory, remove_leftovers, replace_directory, sync_tree
 from state.store import RocksUserStore
-from state.whole_directories import appear, partial_directory, remove_leftovers, replace_directory, sync_tree
 
 _STAGING = ".snapshot"
 """In a state directory: where its partitions are frozen while they are copied out"""

@@ -31,7 +31,7 @@ from learner.retrace import AdaptivePart, Retrace
 from learner.user_state import RowLayout, item_hash
 from state.exceptions import StoreDamaged
 from state.expiry import Expiry
-from state.sealed_tensors import SealedTensors, write_sealed
+from state.reading.sealed_tensors import SealedTensors, write_sealed
 
 if TYPE_CHECKING:  # it brings compiled code
     from learner.serving import ServingModel

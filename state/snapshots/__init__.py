@@ -1,0 +1,1 @@
+"""Snapshots of a state directory: ``snapshot`` takes, lists, restores and rewrites them; the others are its parts."""

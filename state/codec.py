@@ -67,13 +67,21 @@ def owners(users: Sequence[bytes]) -> NDArray[np.uint32]:
 def encode(layout: RowLayout, users: Sequence[bytes], slab: Slab) -> list[bytes]:
     """n rows as stored: a slab (n, row_bytes), which is not changed, with version, owner and checksum put in.
 
+    ValueError as ``seal``.
+    """
+    return seal(layout, users, np.array(slab, np.uint8, order="C"))
+
+
+def seal(layout: RowLayout, users: Sequence[bytes], slab: Slab) -> list[bytes]:
+    """As ``encode``; version, owner and checksum are put into the slab itself, unless it is read-only or not in order.
+
     ValueError if the slab is not one row of this layout for each user.
     """
     if slab.shape != (len(users), layout.row_bytes):
         raise ValueError(
             f"{len(users)} users and rows of shape {slab.shape}: this store holds rows of {layout.row_bytes} bytes"
         )
-    sealed = np.array(slab, np.uint8, order="C")
+    sealed = np.require(slab, np.uint8, ["C", "W"])
     rows = layout.rows(sealed)
     rows["layout_version"] = LAYOUT_VERSION
     rows["owner"] = owners(users)
@@ -130,11 +138,11 @@ def _factors(words: int) -> NDArray[np.uint64]:
 
 
 def _gathered(layout: RowLayout, users: Sequence[bytes], values: Sequence[bytes]) -> Slab:
-    joined = b"".join(values)
+    joined = bytearray().join(values)
     if len(joined) != len(users) * layout.row_bytes or set(map(len, values)) - {layout.row_bytes}:
         user, value = next((u, v) for u, v in zip(users, values, strict=True) if len(v) != layout.row_bytes)
         raise RowDamaged(user, f"has {len(value)} bytes where {layout.fingerprint} has {layout.row_bytes}")
-    return np.frombuffer(bytearray(joined), np.uint8).reshape(len(users), layout.row_bytes)
+    return np.frombuffer(joined, np.uint8).reshape(len(users), layout.row_bytes)
 
 
 def _upgrade(layout: RowLayout, users: Sequence[bytes], slab: Slab, places: NDArray[np.int64]) -> None:

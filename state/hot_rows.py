@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from learner.user_state import RowLayout
+from learner.user_state import RowLayout, Slab
 from state.codec import UNKNOWN, Progress
 from state.store import UserStore
 
@@ -42,6 +42,7 @@ class HotMemory:
         self._current = 0
         self._fresh = 0
         self._free: list[int] = []
+        self._copy = np.empty((0, layout.row_bytes), np.uint8)
         self._hand = 0
 
     def begin(self) -> None:
@@ -64,6 +65,12 @@ class HotMemory:
         self._held[slots] = True
         self.touch(slots)
         return slots
+
+    def gathered(self, slots: NDArray[np.int32]) -> Slab:
+        """(n, row_bytes) a copy of these rows, good until the next call: fresh memory each time costs as much again."""
+        if len(self._copy) < len(slots):
+            self._copy = np.empty((len(slots), self.layout.row_bytes), np.uint8)
+        return np.take(self.slab, slots, axis=0, out=self._copy[: len(slots)], mode="clip")
 
     def give_up(self, slots: list[int]) -> None:
         """Empties slots that hold a user, whatever row is in them."""
@@ -163,7 +170,9 @@ class HotRows:
                             time.time_ns() // 1_000_000, clock)  # fmt: skip
         progress = _added(self._progress, progress)
         try:
-            self.store.write_batch(list(map(memory.users.__getitem__, slots.tolist())), memory.slab[slots], progress)
+            self.store.write_batch(
+                list(map(memory.users.__getitem__, slots.tolist())), memory.gathered(slots), progress
+            )
         except BaseException:
             self.forget()
             raise

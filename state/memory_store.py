@@ -41,7 +41,7 @@ class MemoryUserStore:
     ) -> None:
         """See ``UserStore``."""
         packed = self._progress if progress is None else progress.encode()
-        self._held().update(zip(users, codec.encode(self.layout, users, rows), strict=True))
+        self._held().update(zip(users, codec.seal(self.layout, users, rows), strict=True))
         for user in deleted:
             self._held().pop(user, None)
         self._progress = packed

@@ -80,8 +80,9 @@ class UserStore(Protocol):
     ) -> None:
         """Puts the rows, takes out the ``deleted`` users and sets the progress (None leaves it), all or nothing.
 
-        Of a user named twice the last row counts; one both written and deleted is deleted. Raises StoreWriteFailed;
-        the store then opens itself again at the next call, and the same batch may be given once more.
+        The rows given may get version, owner and checksum put in. Of a user named twice the last row counts; one both
+        written and deleted is deleted. Raises StoreWriteFailed; the store then opens itself again at the next call, and
+        the same batch may be given once more.
         """
 
     def progress(self) -> Progress | None:
@@ -292,7 +293,7 @@ class RocksUserStore(RocksReader):
         self, users: Sequence[bytes], rows: Slab, progress: Progress | None, *, deleted: Sequence[bytes] = ()
     ) -> None:
         """See ``UserStore``. Rows are put in order of their keys: RocksDB inserts them a third faster."""
-        values = codec.encode(self.layout, users, rows)
+        values = codec.seal(self.layout, users, rows)
         batch = WriteBatch(raw_mode=True)
         put = batch.put
         order = sorted(range(len(users)), key=users.__getitem__)

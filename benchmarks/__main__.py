@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import kernel, quality, query, restore, sources, stream_run, training
+from benchmarks import kernel, quality, query, restore, rows, sources, stream_run, training
 from benchmarks.command import Benchmark, Options, Skipped, options_of, parser, say
 from benchmarks.report import Figure, as_dict, table, write_json
 from streams.provenance import describe_machine
@@ -23,6 +23,7 @@ from streams.provenance import describe_machine
 BENCHMARKS: Mapping[str, Benchmark] = {
     "kernel": kernel.run,
     "stream_run": stream_run.run,
+    "rows": rows.run,
     "restore": restore.run,
     "query": query.run,
     "sources": sources.run,

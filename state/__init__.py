@@ -2,7 +2,7 @@
 
 the layout      ``codec`` (bytes of a row and of a partition's progress), ``keys`` (where they lie)
 the disk        ``store`` (one RocksDB per topic partition), ``rocksdb`` (options, memory, locks, errors),
-                ``syncing`` (power loss), ``walk``; ``memory_store`` is the twin without a disk
+                ``log_check``, ``syncing`` (power loss), ``walk``; ``memory_store``: its twin without a disk
 the memory      ``hot_rows`` (rows at hand, shared by all partitions)
 copies          ``changelog`` (records), ``snapshots`` (directories and URLs)
 the audit       ``audit`` (checksums, ledgers, totals)

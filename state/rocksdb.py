@@ -22,6 +22,7 @@ from rocksdict import (
 )
 
 from state.exceptions import StoreLocked, StoreUnreadable, StoreWriteFailed
+from state.log_check import endless_record
 
 MEBIBYTE = 1 << 20
 BLOCK_CACHE_BYTES = 64 * MEBIBYTE
@@ -113,6 +114,8 @@ def open_for_writing(path: Path, memory: StoreMemory, lock_wait_s: float = LOCK_
         try:
             path.mkdir(parents=True, exist_ok=True)
             return opened(path, _options(memory), AccessType.read_write())
+        except StoreUnreadable:
+            raise
         except OSError as error:
             raise StoreUnreadable(
                 f"the store {path} cannot be opened: {error}; {_action(error, 'check the path and its rights')}"
@@ -147,6 +150,8 @@ def open_for_reading(path: Path) -> Rdict:
             if not any(said in str(error) for said in _NOT_WRITABLE):
                 raise
             return _opened_by_links(path)
+    except StoreUnreadable:
+        raise
     except Exception as error:  # rocksdict raises bare Exception for everything RocksDB says
         raise unreadable(path, error) from error
 
@@ -160,6 +165,8 @@ def open_following(path: Path, notes: Path) -> Rdict:
         raise StoreUnreadable(f"{path} holds no store: name a partition's directory under --state of a run")
     try:
         return opened(path, reading_options(), AccessType.secondary(str(notes)))
+    except StoreUnreadable:
+        raise
     except Exception as error:  # rocksdict raises bare Exception for everything RocksDB says
         raise unreadable(path, error) from error
 
@@ -180,6 +187,9 @@ def opened(path: Path, options: Options, access: AccessType) -> Rdict:
 
     Blocks of rows do not fill the cache: they are hardly asked for twice, and it costs a tenth of a read.
     """
+    endless = endless_record(path)
+    if endless is not None:
+        raise StoreUnreadable(f"the store {path} is damaged: {endless}; restore a snapshot, or run again")
     db = Rdict(str(path), options=options, column_families={"default": options}, access_type=access)
     scattered = ReadOptions()
     scattered.fill_cache(False)  # type: ignore[call-arg]  # the stub lacks the argument

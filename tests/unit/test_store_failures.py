@@ -23,6 +23,7 @@ from state.exceptions import (
     StoreWriteFailed,
 )
 from state.keys import LAYOUT_KEY, PROGRESS_KEY, user_key
+from state.reading.following import FollowingReader
 from state.rocksdb import ROCKSDICT_SETTINGS, StoreMemory, open_for_writing
 from state.store import RocksReader, RocksUserStore
 from tests.models import offset_of, sealed
@@ -60,6 +61,28 @@ def held(store: RocksUserStore | RocksReader) -> dict[bytes, int]:
 
 
 # --- refused writes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["MANIFEST-*", "*.log"])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_record_that_rocksdb_would_read_for_ever_is_refused_by_every_open(tmp_path, pattern, last):
+    with RocksUserStore(tmp_path / "live", LAYOUT) as store:
+        for k in range(3):
+            store.write_batch([b"a"], sealed(LAYOUT, [b"a"], np.zeros((1, LAYOUT.row_bytes), np.uint8)), Progress(k, 0))
+        shutil.copytree(tmp_path / "live", tmp_path / "s")
+    file = max((tmp_path / "s").glob(pattern), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    headers, place = [], 0
+    while place + 7 <= len(content):
+        headers.append(place)
+        place += 7 + int.from_bytes(content[place + 4 : place + 6], "little")
+    assert len(headers) > 2
+    content[headers[-1 if last else 0] + 6] ^= 4
+    file.write_bytes(content)
+    for opening in (lambda: RocksUserStore(tmp_path / "s", LAYOUT), lambda: RocksReader(tmp_path / "s"),
+                    lambda: FollowingReader(tmp_path / "s")):  # fmt: skip
+        with pytest.raises(StoreUnreadable, match=rf"{tmp_path}/s is damaged: {file.name} has a record of type 5"):
+            opening()
 
 
 def test_a_refused_write_says_what_to_do_and_may_be_tried_again(tmp_path):

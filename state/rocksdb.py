@@ -81,6 +81,8 @@ class StoreMemory:
         # It only counts: by itself it would flush whichever store is written next, however small, and wait for nothing.
         self.memtables = WriteBufferManager(4 * memtables_bytes, False)
         self._limit = memtables_bytes
+        self.memtable_bytes = min(MEMTABLE_BYTES, memtables_bytes // 3)
+        """Of one store at most: a memtable's bloom filter is a share of this, and is there from its beginning"""
         self._stores: weakref.WeakSet[HasMemtable] = weakref.WeakSet()
 
     def share(self, store: HasMemtable) -> None:
@@ -262,7 +264,7 @@ def _action(error: Exception, otherwise: str) -> str:
 def _options(memory: StoreMemory) -> Options:
     options = Options(raw_mode=True)
     options.create_if_missing(True)
-    options.set_write_buffer_size(MEMTABLE_BYTES)
+    options.set_write_buffer_size(memory.memtable_bytes)
     options.set_max_write_buffer_number(3)  # one fills while two wait for the disk; with fewer, bursts stall
     options.set_write_buffer_manager(memory.memtables)
     options.set_compression_type(DBCompressionType.none())  # floats barely compress

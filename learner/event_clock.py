@@ -1,4 +1,4 @@
-"""Who has been away for too long, by a stream's own events: for expiry. No single event and no single user decides it.
+"""Who has been away for too long, by a stream's own events: for expiry. No single event decides it.
 
 What time it is. The clock hears the first event of each *turn*, which is a run of events of one user, and steps towards
 its time, by at most one step: a running median, which a minority of odd times cannot drag away. It may lag (after a gap

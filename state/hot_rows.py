@@ -82,7 +82,8 @@ class HotMemory:
         self._free += slots
 
     def wipe(self, user: bytes) -> None:
-        """Overwrites what slots that were given up still hold of a user."""
+        """Overwrites what slots that were given up, and the copy of the latest commit, still hold of a user."""
+        self._copy[:] = 0
         for slot, name in enumerate(self.users):
             if name == user and not self._held[slot]:
                 self.slab[slot], self.users[slot] = 0, b""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from learner.user_state import RowLayout
-from state.exceptions import QueryError, SnapshotError, StoreMismatch, StoreUnreadable
+from state.exceptions import QueryError, SnapshotError, StoreMismatch, StoreUnfinished, StoreUnreadable
 from state.expiry import idle_up_to
 from state.reading.explain import explain, in_prior_sd
 from state.reading.model_view import FILE, ModelView
@@ -171,6 +171,10 @@ class StateReader:
         if number not in self._stores:
             directory = self._directories[number]
             store = self._stores[number] = self._opened(directory)
+            if store.restoring():
+                raise StoreUnfinished(
+                    f"the restore of {directory} from the changelog has not ended, users may be missing: end it first"
+                )
             if self.view is not None and self.view.layout != store.layout:
                 raise StoreMismatch(
                     f"{self.view.path} is for rows of {self.view.layout.fingerprint}, but {directory} holds rows of "

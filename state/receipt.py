@@ -112,6 +112,7 @@ class Receipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def write_receipt(path: Path, receipt: Receipt) -> None:
     """Writes a new file, whole and forced to the disk. FileExistsError where there is one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("x", encoding="utf-8") as file:
         json.dump(receipt.as_dict(), file, indent=2)
         file.write("\n")

@@ -44,6 +44,8 @@ BLOOM_BITS = 10
 LOCK_WAIT_S = 5.0
 """How long an open waits for another process to let go: a worker that was told to stop needs a moment to close."""
 _LOCK_POLL_S = 0.05
+READ_ATTEMPTS = 50
+"""How often a reader opens a store again whose writer moved its files meanwhile"""
 _NOT_WRITABLE = ("Read-only file system", "Permission denied", "No space left", "Disk quota exceeded")
 """What need not keep anybody from reading"""
 ROCKSDICT_SETTINGS = "rocksdict-config.json"
@@ -145,6 +147,36 @@ def open_for_reading(path: Path) -> Rdict:
     """
     if not (path / "CURRENT").is_file():
         raise StoreUnreadable(f"{path} holds no store: name a partition's directory under --state of a run")
+    for attempt in range(READ_ATTEMPTS):
+        before = _manifest_state(path)
+        try:
+            db = _opened_to_read(path)
+        except StoreUnreadable:
+            if before == _manifest_state(path) or attempt == READ_ATTEMPTS - 1:
+                raise
+            continue
+        if before == _manifest_state(path):
+            return db
+        db.close()
+    raise StoreUnreadable(
+        f"the store {path} cannot be read at one point in time: whoever writes to it moved its files {READ_ATTEMPTS} "
+        "times while it was opened; try again"
+    )
+
+
+def _manifest_state(path: Path) -> tuple[str, int] | None:
+    """Which MANIFEST is in use, and how far it is written: it moves whenever rows go from the log to a file.
+
+    A reader that opens meanwhile can miss a log between the files and the logs that it sees.
+    """
+    try:
+        current = (path / "CURRENT").read_text(encoding="ascii").strip()
+        return current, (path / current).stat().st_size
+    except (OSError, ValueError):
+        return None
+
+
+def _opened_to_read(path: Path) -> Rdict:
     try:
         try:
             return opened(path, reading_options(), AccessType.read_only(False))

@@ -412,6 +412,10 @@ class RocksUserStore(RocksReader):
         Where that fails too, the next call tries again.
         """
         assert self._db is not None
+        if self._unlogged:  # what the restore wrote was in memory alone
+            raise StoreUnfinished(
+                f"a write failed while {self.path} was restored, so rows may be missing: open it to restore it again"
+            )
         self._sync.stop()
         self._end_reading()
         release(self._db)

@@ -19,6 +19,7 @@ from state.exceptions import (
     StoreDamaged,
     StoreLocked,
     StoreRolledBack,
+    StoreUnfinished,
     StoreUnreadable,
     StoreWriteFailed,
 )
@@ -61,6 +62,19 @@ def held(store: RocksUserStore | RocksReader) -> dict[bytes, int]:
 
 
 # --- refused writes -----------------------------------------------------------------------------------------------
+
+
+def test_a_failure_while_an_emptied_store_is_restored_is_not_gone_over(tmp_path):
+    row = sealed(LAYOUT, [b"a"], np.zeros((1, LAYOUT.row_bytes), np.uint8))
+    with RocksUserStore(tmp_path, LAYOUT) as store:
+        store.begin_restore(empty=True)
+        store.write_batch([b"a"], row, None)
+        store._failed = True  # as a flush that was refused leaves it
+        for step in (lambda: store.write_batch([b"b"], row, None), lambda: store.end_restore(Progress(1, 0))):
+            with pytest.raises(StoreUnfinished, match="restore it again"):
+                step()
+    with pytest.raises(StoreUnfinished):
+        RocksUserStore(tmp_path, LAYOUT)
 
 
 @pytest.mark.parametrize("pattern", ["MANIFEST-*", "*.log"])

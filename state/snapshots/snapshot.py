@@ -121,8 +121,8 @@ def rewrite(url: str, edit: Callable[[int, RocksUserStore], None]) -> Snapshot:
     """Changes the rows of a snapshot: ``edit(partition, store)`` is called for each partition of a verified copy.
 
     The result takes the snapshot's place, with a new manifest and the old time. A local one is swapped in one step. A
-    remote one is uploaded next to it as ``….partial-<random>`` first, then moved: a run that is killed in between
-    leaves a whole snapshot under one of the two names. If ``edit`` raises, the snapshot stays as it is.
+    remote one is uploaded next to it as ``….partial-<random>`` first, then moved file by file: of a run that is killed
+    while it moves, neither of the two may be whole. If ``edit`` raises, the snapshot stays as it is.
     """
     place = place_of(url)
     with told_as_snapshot_errors(f"rewriting {url}"):

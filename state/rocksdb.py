@@ -148,14 +148,14 @@ def open_for_reading(path: Path) -> Rdict:
     if not (path / "CURRENT").is_file():
         raise StoreUnreadable(f"{path} holds no store: name a partition's directory under --state of a run")
     for attempt in range(READ_ATTEMPTS):
-        before = _manifest_state(path)
+        before = manifest_state(path)
         try:
             db = _opened_to_read(path)
         except StoreUnreadable:
-            if before == _manifest_state(path) or attempt == READ_ATTEMPTS - 1:
+            if before == manifest_state(path) or attempt == READ_ATTEMPTS - 1:
                 raise
             continue
-        if before == _manifest_state(path):
+        if before == manifest_state(path):
             return db
         db.close()
     raise StoreUnreadable(
@@ -164,7 +164,7 @@ def open_for_reading(path: Path) -> Rdict:
     )
 
 
-def _manifest_state(path: Path) -> tuple[str, int] | None:
+def manifest_state(path: Path) -> tuple[str, int] | None:
     """Which MANIFEST is in use, and how far it is written: it moves whenever rows go from the log to a file.
 
     A reader that opens meanwhile can miss a log between the files and the logs that it sees.

@@ -17,7 +17,16 @@ from pathlib import Path
 from rocksdict import Checkpoint, Rdict, WriteBatch
 
 from state.exceptions import StoreUnreadable
-from state.rocksdb import MEBIBYTE, StoreMemory, open_following, open_for_writing, release, unreadable, write_failed
+from state.rocksdb import (
+    MEBIBYTE,
+    StoreMemory,
+    manifest_state,
+    open_following,
+    open_for_writing,
+    release,
+    unreadable,
+    write_failed,
+)
 
 COPY_ATTEMPTS = 8
 """Times that a copy is begun anew because the writer removed a file before the view had opened it"""
@@ -71,26 +80,17 @@ def _fixed_view(store: Path, scratch: Path) -> Iterator[Rdict]:
 def _settle(view: Rdict, store: Path) -> None:
     """Catches up until the writer did not move rows from its log to a file meanwhile."""
     for _ in range(CATCH_UP_ATTEMPTS):
-        before = _manifest_state(store)
+        before = manifest_state(store)
         try:
             view.try_catch_up_with_primary()
         except Exception as error:  # rocksdict raises bare Exception for everything RocksDB says
             raise unreadable(store, error) from error
-        if before == _manifest_state(store):
+        if before is not None and before == manifest_state(store):
             return
     raise StoreUnreadable(
         f"the store {store} cannot be read at one point in time: whoever writes to it moved its files "
         f"{CATCH_UP_ATTEMPTS} times while it was read; try again"
     )
-
-
-def _manifest_state(store: Path) -> tuple[str, int]:
-    """Which MANIFEST is in use, and how far it is written."""
-    try:
-        current = (store / "CURRENT").read_text(encoding="ascii").strip()
-        return current, (store / current).stat().st_size
-    except (OSError, ValueError) as error:
-        raise unreadable(store, error) from error
 
 
 def _copy_all(view: Rdict, store: Path, copied: Path) -> None:

@@ -379,3 +379,9 @@ def test_a_user_who_came_back_is_found_by_the_receipt(tmp_path):
     result = verify_store(tmp_path / "s", receipts={"r.json": receipt})
     assert [(finding.kind, finding.user) for finding in result.findings] == [("erased", NAME.encode())]
     assert re.fullmatch(r"the user of receipt r\.json is in the store: '.*'", result.findings[0].text)
+
+
+def test_a_receipts_directory_is_made(tmp_path):
+    receipt = Receipt.of(b"ann", [], {}, published=False)
+    write_receipt(tmp_path / "new" / "r.json", receipt)
+    assert read_receipt(tmp_path / "new" / "r.json") == receipt

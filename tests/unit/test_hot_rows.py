@@ -317,3 +317,13 @@ def test_a_processor_whose_store_was_set_back_applies_again_what_the_store_lost(
     store._rows, store._progress = rows, progress
     work.process(0, stream().take(slice(60, EVENTS)))
     assert held(store) == clean["full"]
+
+
+def test_a_wiped_user_is_not_in_the_copy_of_the_latest_commit_either():
+    layout = RowLayout("gradient", 2, 0, 0)
+    memory = HotMemory(layout, 4)
+    slots = memory.take([b"a"], {})
+    memory.slab[slots] = 7
+    assert memory.gathered(slots).all()
+    memory.wipe(b"a")
+    assert not memory._copy.any()

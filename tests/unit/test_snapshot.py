@@ -195,7 +195,7 @@ def test_a_snapshot_beside_a_busy_writer_is_one_point_in_time(tmp_path):
 
 def test_a_view_catches_up_again_when_the_writer_moved_its_files_meanwhile(state, tmp_path, monkeypatch):
     states = iter([("MANIFEST-000005", 1), ("MANIFEST-000005", 2), ("MANIFEST-000005", 2), ("MANIFEST-000005", 2)])
-    monkeypatch.setattr("state.snapshots.copying._manifest_state", lambda store: next(states))
+    monkeypatch.setattr("state.snapshots.copying.manifest_state", lambda store: next(states))
     copy_beside_writer(state / "partition-0", tmp_path / "copy")
     assert next(states, None) is None
     assert held(tmp_path / "copy")[0] == FIRST

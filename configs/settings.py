@@ -20,6 +20,24 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
+class SecretRule(Section):
+    """Where a secret is: a file's content without its last line end, or an environment variable's. Never the secret."""
+
+    file: Path | None = None
+    env: str | None = None
+
+    @property
+    def given(self) -> bool:
+        """Whether there is one."""
+        return self.file is not None or self.env is not None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> SecretRule:
+        if self.file is not None and self.env is not None:
+            raise ValueError("takes file or env, not both")
+        return self
+
+
 class IdRule(Section):
     """Where an id is read from, and a prefix that keeps ids of several sources apart."""
 
@@ -81,6 +99,8 @@ class EventSchema(Section):
     label: LabelRule = LabelRule(field="label")
     value: ValueRule | None = None
     event_time: TimeRule = TimeRule(field="event_time_ms", unit="ms")
+    event_id: IdRule | None = None
+    """What names an event: on a topic, one that comes again within ``stream.duplicate_window`` offsets is dropped."""
     user_features: dict[str, FeatureRule] = Field(default_factory=dict)
     item_features: dict[str, FeatureRule] = Field(default_factory=dict)
 
@@ -222,6 +242,130 @@ class StateSettings(Section):
     write_buffers_mb: PositiveInt = 192
 
 
+class SecuritySettings(Section):
+    """How clients prove who they are, and what they trust. Secrets come from a file or an environment variable."""
+
+    protocol: Literal["plaintext", "ssl", "sasl_plaintext", "sasl_ssl"] = "plaintext"
+    ca: Path | None = None
+    """PEM of the authorities that are trusted; None: the system's"""
+    certificate: Path | None = None
+    """PEM of the client's certificate, for mutual TLS"""
+    key: Path | None = None
+    key_password: SecretRule = SecretRule()
+    check_hostname: bool = True
+    mechanism: Literal["plain", "scram-sha-256", "scram-sha-512", "oauthbearer"] | None = None
+    username: str | None = None
+    password: SecretRule = SecretRule()
+    token: SecretRule = SecretRule()
+    """OAUTHBEARER: a token that somebody else keeps fresh; read again for every connection"""
+    token_url: str | None = None
+    """OAUTHBEARER: where tokens are fetched for ``username`` and ``password`` (client credentials, RFC 6749 §4.4)"""
+    token_scope: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> SecuritySettings:
+        sasl = self.protocol.startswith("sasl")
+        if sasl != (self.mechanism is not None):
+            raise ValueError(f"protocol {self.protocol} and mechanism {self.mechanism} do not go together")
+        if self.mechanism in ("plain", "scram-sha-256", "scram-sha-512") and not (
+            self.username and self.password.given
+        ):
+            raise ValueError(f"mechanism {self.mechanism} needs username, and password.file or password.env")
+        if self.mechanism == "oauthbearer" and self.token.given == (self.token_url is not None):
+            raise ValueError("mechanism oauthbearer needs either token.file or token.env, or token_url")
+        if self.token_url is not None and not named:
+            raise ValueError("token_url needs username, and password.file or password.env")
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("certificate and key go together")
+        return self
+
+
+class KafkaSettings(Section):
+    """Which brokers, and how to reach them: the same for every client."""
+
+    bootstrap: tuple[str, ...] = ("127.0.0.1:9092",)
+    client_id: str = "coldstream"
+    security: SecuritySettings = SecuritySettings()
+    request_timeout_ms: PositiveInt = 40_000
+    session_timeout_ms: PositiveInt = 10_000
+    """A worker that is silent for so long loses its partitions."""
+
+    @field_validator("bootstrap", mode="before")
+    @classmethod
+    def _one_address(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+class SchemaRegistrySettings(Section):
+    """A Confluent-compatible registry, for Avro and Protobuf."""
+
+    url: str | None = None
+    username: str | None = None
+    password: SecretRule = SecretRule()
+    ca: Path | None = None
+    timeout_ms: PositiveInt = 5_000
+
+
+class TopicSettings(Section):
+    """The topics beside the source. Names; a missing optional one is null."""
+
+    events_by_user: str = "interactions-by-user"
+    """Where the router puts events whose producer did not key them by user"""
+    changelog: str = "user-state"
+    predictions: str | None = None
+    dead_letters: str = "dead-letters"
+    create: bool = True
+    """Make missing ones; else a missing one is an error that prints the command"""
+    partitions: PositiveInt = 4
+    """Of topics that are made, where the source does not decide it"""
+    replication: PositiveInt | None = None
+    """Of topics that are made; None: three, or as many as there are brokers"""
+
+
+class StreamSettings(Section):
+    """A source topic, and what is made of it."""
+
+    topic: str = "interactions"
+    keyed_by_user: bool = True
+    """False: a router writes the events anew, keyed by user"""
+    format: Literal["json", "avro", "protobuf"] = "json"
+    registry: SchemaRegistrySettings = SchemaRegistrySettings()
+    protobuf_descriptors: Path | None = None
+    """A FileDescriptorSet, where there is no registry"""
+    protobuf_message: str | None = None
+    """Full name of the message in it"""
+    group: str = "coldstream"
+    start: Literal["earliest", "latest"] = "earliest"
+    """Where a partition without any state begins"""
+    duplicate_window: PositiveInt = 10_000
+    """Offsets of a partition within which ``data.events.event_id`` counts once"""
+    topics: TopicSettings = TopicSettings()
+
+
+class WorkerSettings(Section):
+    """A process that takes part in the stream."""
+
+    instance: str | None = None
+    """Static membership: a name that outlives restarts, and no other worker has; a restart then moves no partition"""
+    standby: bool = False
+    """Keep copies of the partitions of others, so that taking one over is quick"""
+    fetch_kb: PositiveInt = 2048
+    """Of a partition, at once"""
+    commit_ms: PositiveInt = 1000
+    """How often the group's offsets are committed; they only say how far the changelog is"""
+    shutdown_s: PositiveFloat = 30.0
+    """SIGTERM: what is under way is finished within this time"""
+    stall_s: PositiveFloat = 60.0
+    """Without any progress for so long, with events to apply, a worker is not live"""
+    ready_lag: PositiveInt = 100_000
+    """Events behind, above which a worker is not ready"""
+    poison_share: float = Field(default=0.9, gt=0, le=1)
+    """Of the latest events of a partition: above it the worker slows down, and is not ready"""
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = Field(default=9464, ge=0, lt=65536)
+    """0: any free one, see the log"""
+
+
 class Settings(Section):
     """Everything a run needs."""
 
@@ -230,3 +374,6 @@ class Settings(Section):
     training: TrainingSettings = TrainingSettings()
     protocol: ProtocolSettings = ProtocolSettings()
     state: StateSettings = StateSettings()
+    kafka: KafkaSettings = KafkaSettings()
+    stream: StreamSettings = StreamSettings()
+    worker: WorkerSettings = WorkerSettings()

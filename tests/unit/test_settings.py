@@ -81,7 +81,7 @@ def test_an_unknown_key_names_file_key_nearest_and_allowed(tmp_path: Path) -> No
         load_settings(path, environ={})
     assert str(caught.value) == (
         f"{path}:3: data.events.labels.field: unknown key, did you mean data.events.label?; known under data.events: "
-        "user_id, item_id, label, value, event_time, user_features, item_features"
+        "user_id, item_id, label, value, event_time, event_id, user_features, item_features"
     )
 
 

@@ -267,9 +267,8 @@ class SecuritySettings(Section):
         sasl = self.protocol.startswith("sasl")
         if sasl != (self.mechanism is not None):
             raise ValueError(f"protocol {self.protocol} and mechanism {self.mechanism} do not go together")
-        if self.mechanism in ("plain", "scram-sha-256", "scram-sha-512") and not (
-            self.username and self.password.given
-        ):
+        named = self.username is not None and self.password.given
+        if self.mechanism in ("plain", "scram-sha-256", "scram-sha-512") and not named:
             raise ValueError(f"mechanism {self.mechanism} needs username, and password.file or password.env")
         if self.mechanism == "oauthbearer" and self.token.given == (self.token_url is not None):
             raise ValueError("mechanism oauthbearer needs either token.file or token.env, or token_url")

@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := build/demo
+RATE ?= 1000
 
 .PHONY: help
 help: ## List the targets
@@ -50,16 +51,20 @@ lint: $(READY) ## Style (ruff) and the direction of imports (import-linter)
 types: $(READY) ## Types (mypy strict)
 	$(BIN)/mypy
 
+.PHONY: live
+live: $(READY) kafka ## Start a broker, two workers and a stream of new users, and watch them adapt; RATE=1000 events a second
+	$(BIN)/python -m deploy.live --rate $(RATE)
+
 .PHONY: unit
-unit: $(READY) browser ## Tests (pytest); narrow them with PYTEST='tests/unit/test_x.py -k name'
+unit: $(READY) browser kafka ## Tests (pytest); narrow them with PYTEST='tests/unit/test_x.py -k name'
 	$(BIN)/pytest $(PYTEST)
 
 .PHONY: soak
-soak: $(READY) ## Longer campaigns, not repeatable: property tests with many more examples, and more faults
+soak: $(READY) kafka ## Longer campaigns, not repeatable: property tests with many more examples, and more faults
 	$(BIN)/pytest tests/property tests/faults --hypothesis-profile soak --campaign soak $(PYTEST)
 
 .PHONY: bench
-bench: $(VENV)/.bench ## Benchmarks, with the peers they compare against
+bench: $(VENV)/.bench kafka ## Benchmarks, with the peers they compare against
 	$(BIN)/python -m benchmarks
 
 $(VENV)/.bench: $(READY)
@@ -76,6 +81,18 @@ browser:
 	else \
 	  echo "the report's tests need a browser: install chromium (Debian: sudo apt-get install chromium)" >&2; exit 1; \
 	fi
+
+# Tests and `make live` run a real broker: that of KAFKA_BOOTSTRAP, or Docker's, or Kafka's jars under Java. Debian's
+# packages are installed only where this may be done without asking.
+.PHONY: kafka
+kafka:
+	@if [ -z "$${KAFKA_BOOTSTRAP:-}" ] && ! docker info >/dev/null 2>&1 && ! { command -v java && command -v mvn; } >/dev/null \
+	  && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing Java and Maven for Kafka" >&2; \
+	  apt-get update -qq >/dev/null && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    openjdk-17-jre-headless maven >/dev/null; \
+	fi
+	@$(PYTHON) deploy/kafka/broker.py check
 
 .PHONY: clean
 clean: ## Remove the environment and everything built

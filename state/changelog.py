@@ -1,9 +1,10 @@
 """A partition's changelog: its rows as records of a compacted log, and its store restored from them. Pure: no broker.
 
     key                           value
-    ``store.user_key(user)``      the sealed row (``codec.encode``); None, a tombstone, when the user was taken out
-    ``store.LAYOUT_KEY``          fingerprint of the rows' layout
-    ``store.PROGRESS_KEY``        the marker: ``codec.Progress`` of the commit whose rows and tombstones it follows
+    ``keys.user_key(user)``       the sealed row (``codec.encode``); None, a tombstone, when the user was taken out
+    ``keys.LAYOUT_KEY``           fingerprint of the rows' layout
+    ``keys.OWNER_KEY``            ``outbox_codec.Owner``: who wrote the marker that follows; ``takeover`` reads it
+    ``keys.PROGRESS_KEY``         the marker: ``codec.Progress`` of the commit whose rows and tombstones it follows
 
 Keys are those of the database, so no user's id can be the marker's. The log may be compacted as Kafka does it: of a
 key the older records may be missing, and a tombstone vanishes when its retention is over. Rows may stand behind the
@@ -17,7 +18,7 @@ publishes sends the rest of the commits before the store is restored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import NamedTuple
@@ -29,7 +30,8 @@ from learner.user_state import RowLayout, Slab
 from state import codec
 from state.codec import UNKNOWN, Progress
 from state.exceptions import ChangelogError, RowDamaged
-from state.keys import LAYOUT_KEY, PROGRESS_KEY, user_key
+from state.keys import LAYOUT_KEY, NOTHING, OWNER_KEY, PROGRESS_KEY, user_key
+from state.outbox_codec import Owner
 from state.store import UserStore
 
 CHUNK_RECORDS = 8192
@@ -102,8 +104,8 @@ def restore(
     it knows every tombstone until then. Restoring twice changes nothing else.
 
     Interrupted at any point, the store says that it is ``restoring`` and is refused until a restore has ended; the
-    progress it holds is the old one, or none. Raises RowDamaged and ChangelogError, which name the record, and the
-    store's own errors.
+    progress it holds is the old one, or none. Raises RowDamaged and ChangelogError, which name the record, the
+    store's own errors, and whatever ``on_progress`` does: so it is called off.
     """
     held = store.progress()
     stale = held is not None and (held.written_at_ms <= 0 or now_ms - held.written_at_ms >= tombstone_retention_ms)
@@ -112,16 +114,53 @@ def restore(
     if first is None:
         _refuse_nothing(store, stale)
         return Restored(progress=held)
-    empty = held is None or stale
+    return fill(
+        store, chain((first,), remaining), empty=stale, now_ms=now_ms, on_progress=on_progress,
+        chunk_records=chunk_records,
+    )  # fmt: skip
+
+
+def fill(
+    store: UserStore,
+    records: Iterable[Record],
+    *,
+    empty: bool,
+    now_ms: int,
+    gone: Sequence[bytes] = (),
+    own: Callable[[], Mapping[bytes, bytes | None]] = lambda: NOTHING,
+    on_progress: Callable[[Restored], None] = lambda _: None,
+    chunk_records: int = CHUNK_RECORDS,
+) -> Restored:
+    """Applies records to a store that is emptied before, or lacks nothing of what the log held before them.
+
+    First the users ``gone`` are taken out. At the end, in the step after which the store is no longer ``restoring``,
+    what ``own`` then returns is put. Interrupted and raising as ``restore``.
+    """
+    held = store.progress()
+    empty = empty or held is None
     store.begin_restore(empty=empty)
-    work = _Restore(store, None if empty else held, Restored(rebuilt=stale))
-    remaining = chain((first,), remaining)
+    work = _Restore(store, None if empty else held, Restored(rebuilt=empty and held is not None))
+    if gone and not empty:
+        work.apply(list(map(tombstone, gone)))
+        work.done = Restored()
+    remaining = iter(records)
     while chunk := list(islice(remaining, chunk_records)):
         work.apply(chunk)
         on_progress(work.done)
     progress = replace(work.final_progress(), written_at_ms=now_ms)
-    store.end_restore(progress)
+    store.end_restore(progress, own())
     return replace(work.done, progress=progress)
+
+
+def advance(store: UserStore, records: Sequence[Record], own: Mapping[bytes, bytes | None]) -> Restored:
+    """Applies the records that come next in the log, and puts ``own``, in one atomic step.
+
+    The store lacks nothing of what the log held before them. Raises as ``restore``; nothing of it counts then.
+    """
+    held = store.progress() or Progress(-1, 0, 0, 0)
+    work = _Restore(store, held, Restored())
+    work.apply(list(records), own)
+    return replace(work.done, progress=store.progress())
 
 
 def _refuse_nothing(store: UserStore, stale: bool) -> None:
@@ -165,8 +204,11 @@ class _Restore:
         further = marker if (marker.offset, marker.written_at_ms) >= (held.offset, held.written_at_ms) else held
         return self._counted(further)
 
-    def apply(self, chunk: list[Record]) -> None:
-        """Applies records in their order as one batch of the store. Nothing of it counts when one cannot be used."""
+    def apply(self, chunk: list[Record], own: Mapping[bytes, bytes | None] = NOTHING) -> None:
+        """Applies records in their order as one batch of the store. Nothing of it counts when one cannot be used.
+
+        With ``own``, which goes into the same batch, the progress becomes that of the log: nothing else follows.
+        """
         rows, tombstones = self._read(chunk)
         erased: list[bytes] = []
         forgotten = np.zeros(len(rows.users), np.bool_)
@@ -182,9 +224,9 @@ class _Restore:
         self._events += int(chosen.order["events"].sum()) - int(before["events"][:n][newer].sum())
         self._events -= int(before["events"][n:].sum())
         deleted = [user for user, held in zip(erased, there.tolist(), strict=True) if held]
-        progress = None if self._held is None else self._counted(self._held)
-        if chosen.users or deleted:
-            self._store.write_batch(chosen.users, chosen.slab, progress, deleted=deleted)
+        progress = self.final_progress() if own else None if self._held is None else self._counted(self._held)
+        if chosen.users or deleted or own:
+            self._store.write_batch(chosen.users, chosen.slab, progress, deleted=deleted, own=own)
         self.done = replace(
             self.done,
             records=self.done.records + len(chunk),
@@ -251,7 +293,13 @@ class _Restore:
             if RowLayout.parse(value.decode(errors="replace")) == layout:
                 return
             wrong = f"its rows are of {value.decode(errors='replace')!a}, this store's of {layout.fingerprint}"
-        elif key not in (PROGRESS_KEY, LAYOUT_KEY):
+        elif key == OWNER_KEY and value is not None:
+            try:
+                Owner.decode(value)
+                return
+            except ValueError as error:
+                wrong = str(error)
+        elif key not in (PROGRESS_KEY, LAYOUT_KEY, OWNER_KEY):
             wrong = "nobody knows this key"
         shown = ascii(key[:60].decode(errors="backslashreplace"))
         raise ChangelogError(

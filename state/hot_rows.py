@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from learner.user_state import RowLayout, Slab
 from state.codec import UNKNOWN, Progress
+from state.outbox import CommitLog, commit
 from state.store import UserStore
 
 _WINDOW = 4096
@@ -129,11 +130,15 @@ class Acquired(NamedTuple):
 
 
 class HotRows:
-    """One partition's rows: those in memory, and the store behind them. Not for several threads at once."""
+    """One partition's rows: those in memory, and the store behind them. Not for several threads at once.
 
-    def __init__(self, store: UserStore, memory: HotMemory) -> None:
+    ``log`` is told of every commit; None where no changelog is kept.
+    """
+
+    def __init__(self, store: UserStore, memory: HotMemory, log: CommitLog | None = None) -> None:
         self.store = store
         self.memory = memory
+        self.log = log
         self._index: dict[bytes, int] = {}
         self._progress: Progress | None = None
 
@@ -159,25 +164,20 @@ class HotRows:
         memory.stored_events[taken] = np.where(found, memory.rows["events"][taken], UNKNOWN)
         return Acquired(slots, absent[~found])
 
-    def write(self, slots: NDArray[np.int32], offset: int, meta_version: int, clock: bytes = b"") -> None:
+    def write(
+        self, slots: NDArray[np.int32], offset: int, meta_version: int, clock: bytes = b"", payload: bytes = b""
+    ) -> None:
         """Makes these rows durable together with the progress, whose users and events follow from the rows.
 
-        When the store refuses, what is in memory of the partition is dropped and the error goes on: the rows there
-        have learned what the store has not.
+        ``payload`` is for the log. When the store refuses, what is in memory of the partition is dropped and the error
+        goes on: the rows there have learned what the store has not.
         """
         memory = self.memory
         before, after = memory.stored_events[slots], memory.rows["events"][slots].astype(np.int64)
         progress = Progress(offset, meta_version, int((before < 0).sum()), int((after - np.maximum(before, 0)).sum()),
                             time.time_ns() // 1_000_000, clock)  # fmt: skip
-        progress = _added(self._progress, progress)
-        try:
-            self.store.write_batch(
-                list(map(memory.users.__getitem__, slots.tolist())), memory.gathered(slots), progress
-            )
-        except BaseException:
-            self.forget()
-            raise
-        self._progress = progress
+        users = list(map(memory.users.__getitem__, slots.tolist()))
+        self._commit(users, memory.gathered(slots), _added(self._progress, progress), payload=payload)
         memory.stored_events[slots] = after
 
     def remove(self, users: Sequence[bytes], events: int) -> None:
@@ -186,16 +186,29 @@ class HotRows:
         Raises as ``write`` does.
         """
         progress = without(self.progress(), len(users), events)
+        self._commit([], self.memory.slab[:0], progress, deleted=users)
+        self.forget(users)
+
+    def _commit(
+        self,
+        users: Sequence[bytes],
+        rows: Slab,
+        progress: Progress | None,
+        *,
+        deleted: Sequence[bytes] = (),
+        payload: bytes = b"",
+    ) -> None:
         try:
-            self.store.write_batch([], self.memory.slab[:0], progress, deleted=users)
+            commit(self.store, self.log, users, rows, progress, deleted=deleted, payload=payload)
         except BaseException:
             self.forget()
             raise
         self._progress = progress
-        self.forget(users)
 
     def progress(self) -> Progress | None:
         """The store's. When it is not what was written last, the store was set back, and memory knows too much."""
+        if self.log is not None:
+            self.log.settle()
         progress = self.store.progress()
         if progress != self._progress:
             self.forget()

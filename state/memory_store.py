@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -13,6 +13,7 @@ from learner.user_state import RowLayout, Slab
 from state import codec
 from state.codec import Progress
 from state.exceptions import StoreClosed
+from state.keys import NOTHING, OWN, checked_own
 
 
 class MemoryUserStore:
@@ -22,6 +23,7 @@ class MemoryUserStore:
         self.layout = layout
         self._rows: dict[bytes, bytes] | None = {}
         self._progress: bytes | None = None
+        self._own: dict[bytes, bytes] = {}
         self._restoring = False
 
     def __enter__(self) -> Self:
@@ -37,14 +39,36 @@ class MemoryUserStore:
         return codec.decode_found(self.layout, users, list(map(self._held().get, users)))
 
     def write_batch(
-        self, users: Sequence[bytes], rows: Slab, progress: Progress | None, *, deleted: Sequence[bytes] = ()
-    ) -> None:
+        self,
+        users: Sequence[bytes],
+        rows: Slab,
+        progress: Progress | None,
+        *,
+        deleted: Sequence[bytes] = (),
+        own: Mapping[bytes, bytes | None] = NOTHING,
+    ) -> list[bytes]:
         """See ``UserStore``."""
+        checked_own(own)
         packed = self._progress if progress is None else progress.encode()
-        self._held().update(zip(users, codec.seal(self.layout, users, rows), strict=True))
+        values = codec.seal(self.layout, users, rows)
+        self._held().update(zip(users, values, strict=True))
         for user in deleted:
             self._held().pop(user, None)
+        self._put_own(own)
         self._progress = packed
+        return values
+
+    def own(self, prefix: bytes = OWN) -> list[tuple[bytes, bytes]]:
+        """See ``UserStore``."""
+        self._held()
+        return sorted(entry for entry in self._own.items() if entry[0].startswith(prefix))
+
+    def _put_own(self, own: Mapping[bytes, bytes | None]) -> None:
+        for key, value in own.items():
+            if value is None:
+                self._own.pop(key, None)
+            else:
+                self._own[key] = value
 
     def progress(self) -> Progress | None:
         """See ``UserStore``."""
@@ -83,11 +107,13 @@ class MemoryUserStore:
         held, self._restoring = self._held(), True
         if empty:
             held.clear()
+            self._own.clear()
             self._progress = None
 
-    def end_restore(self, progress: Progress) -> None:
+    def end_restore(self, progress: Progress, own: Mapping[bytes, bytes | None] = NOTHING) -> None:
         """See ``UserStore``."""
         self._held()
+        self._put_own(checked_own(own))
         self._progress, self._restoring = progress.encode(), False
 
     def close(self) -> None:

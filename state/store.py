@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -40,7 +40,17 @@ from state.exceptions import (
     StoreUnfinished,
     StoreUnreadable,
 )
-from state.keys import AFTER_USERS, LAYOUT_KEY, PROGRESS_KEY, RESTORING_KEY, USER
+from state.keys import (
+    AFTER_USERS,
+    LAYOUT_KEY,
+    NOTHING,
+    OWN,
+    PROGRESS_KEY,
+    RESERVED,
+    RESTORING_KEY,
+    USER,
+    checked_own,
+)
 from state.rocksdb import StoreMemory, open_for_reading, open_for_writing, release, unreadable, write_failed
 from state.syncing import Syncing, SyncPolicy
 from state.walk import Walk
@@ -76,14 +86,24 @@ class UserStore(Protocol):
         """(rows, found): a fresh, writable slab with one row per id, zeros where ``found`` is False."""
 
     def write_batch(
-        self, users: Sequence[bytes], rows: Slab, progress: Progress | None, *, deleted: Sequence[bytes] = ()
-    ) -> None:
+        self,
+        users: Sequence[bytes],
+        rows: Slab,
+        progress: Progress | None,
+        *,
+        deleted: Sequence[bytes] = (),
+        own: Mapping[bytes, bytes | None] = NOTHING,
+    ) -> list[bytes]:
         """Puts the rows, takes out the ``deleted`` users and sets the progress (None leaves it), all or nothing.
 
-        The rows given may get version, owner and checksum put in. Of a user named twice the last row counts; one both
-        written and deleted is deleted. Raises StoreWriteFailed; the store then opens itself again at the next call, and
-        the same batch may be given once more.
+        The same step puts and takes out (None) keys of the store's ``own``, see ``keys``. Returns the rows as they are
+        stored, in the order of ``users``. The rows given may get version, owner and checksum put in. Of a user named
+        twice the last row counts; one both written and deleted is deleted. Raises StoreWriteFailed; the store then
+        opens itself again at the next call, and the same batch may be given once more.
         """
+
+    def own(self, prefix: bytes = OWN) -> list[tuple[bytes, bytes]]:
+        """What ``write_batch`` and ``end_restore`` put as ``own`` under keys that begin so, in order of the keys."""
 
     def progress(self) -> Progress | None:
         """How far the rows have come; None for a new store."""
@@ -110,13 +130,13 @@ class UserStore(Protocol):
         """Whether a restore began that has not ended: the rows are then not complete, whatever the progress says."""
 
     def begin_restore(self, *, empty: bool) -> None:
-        """From now on ``restoring``. ``empty`` takes out every row and the progress in the same atomic step.
+        """From now on ``restoring``. ``empty`` takes out every row, the progress and all ``own`` keys in the same step.
 
         What is written to an emptied store is safe from a crash only after ``end_restore``.
         """
 
-    def end_restore(self, progress: Progress) -> None:
-        """Sets the progress and is no longer ``restoring``, in one atomic step."""
+    def end_restore(self, progress: Progress, own: Mapping[bytes, bytes | None] = NOTHING) -> None:
+        """Sets the progress and ``own`` keys and is no longer ``restoring``, in one atomic step."""
 
     def close(self) -> None:
         """Releases every handle, those of unfinished walks too; closing twice does nothing more."""
@@ -180,6 +200,22 @@ class RocksReader:
         """See ``UserStore``."""
         return self._read([USER + user])[0]
 
+    def own(self, prefix: bytes = OWN) -> list[tuple[bytes, bytes]]:
+        """See ``UserStore``."""
+        cursor = self._open_db().iter()
+        cursor.seek(prefix)
+        found: list[tuple[bytes, bytes]] = []
+        while cursor.valid() and (key := cursor.key()).startswith(prefix):
+            if key not in RESERVED:
+                found.append((key, cursor.value()))
+            cursor.next()
+        try:
+            cursor.status()
+        except Exception as error:  # rocksdict raises bare Exception for everything RocksDB says
+            del cursor  # whoever keeps the error would keep the store's lock with it
+            raise unreadable(self.path, error) from error
+        return found
+
     def neighbours(self, user: bytes) -> tuple[bytes | None, bytes | None]:
         """The ids next to a user's, before and after it in order of their bytes; the user need not be there."""
         cursor = self._open_db().iter()
@@ -204,7 +240,7 @@ class RocksReader:
 
     def approximate_count(self) -> int:
         """See ``UserStore``."""
-        own = sum(packed is not None for packed in self._read([PROGRESS_KEY, LAYOUT_KEY, RESTORING_KEY]))
+        own = sum(packed is not None for packed in self._read(list(RESERVED))) + len(self.own())
         return max(int(self._open_db().property_int_value("rocksdb.estimate-num-keys") or 0) - own, 0)
 
     def close(self) -> None:
@@ -252,6 +288,14 @@ class RocksReader:
         return layout
 
 
+def _put_own(batch: WriteBatch, own: Mapping[bytes, bytes | None]) -> None:
+    for key, value in own.items():
+        if value is None:
+            batch.delete(key)
+        else:
+            batch.put(key, value)
+
+
 class RocksUserStore(RocksReader):
     """Rows in a RocksDB of their own directory. Use as a context, or call ``close``.
 
@@ -290,9 +334,16 @@ class RocksUserStore(RocksReader):
         return open_for_writing(self.path, self._memory)
 
     def write_batch(
-        self, users: Sequence[bytes], rows: Slab, progress: Progress | None, *, deleted: Sequence[bytes] = ()
-    ) -> None:
+        self,
+        users: Sequence[bytes],
+        rows: Slab,
+        progress: Progress | None,
+        *,
+        deleted: Sequence[bytes] = (),
+        own: Mapping[bytes, bytes | None] = NOTHING,
+    ) -> list[bytes]:
         """See ``UserStore``. Rows are put in order of their keys: RocksDB inserts them a third faster."""
+        checked_own(own)
         values = codec.seal(self.layout, users, rows)
         batch = WriteBatch(raw_mode=True)
         put = batch.put
@@ -301,10 +352,12 @@ class RocksUserStore(RocksReader):
         deque(map(put, keys, map(values.__getitem__, order)), maxlen=0)
         for user in deleted:
             batch.delete(USER + user)
+        _put_own(batch, own)
         if progress is not None:
             put(PROGRESS_KEY, progress.encode())
         self._write(batch)
         self._confirmed = progress or self._confirmed
+        return values
 
     def sync(self) -> None:
         """See ``UserStore``."""
@@ -322,19 +375,24 @@ class RocksUserStore(RocksReader):
         if empty:
             batch.delete(PROGRESS_KEY)
             batch.delete_range(USER, AFTER_USERS)
+            for key, _ in self.own():
+                batch.delete(key)
         self._write(batch)
         if empty:
             self._confirmed = None
             self.compact()
+            self.compact_own()
         self._unlogged = empty
 
-    def end_restore(self, progress: Progress) -> None:
+    def end_restore(self, progress: Progress, own: Mapping[bytes, bytes | None] = NOTHING) -> None:
         """See ``UserStore``."""
+        checked_own(own)
         if self._unlogged:
             self._flush()
             self._unlogged = False
         batch = WriteBatch(raw_mode=True)
         batch.put(PROGRESS_KEY, progress.encode())
+        _put_own(batch, own)
         batch.delete(RESTORING_KEY)
         self._write(batch)
         self._confirmed = progress
@@ -355,10 +413,17 @@ class RocksUserStore(RocksReader):
 
     def compact(self, first: bytes | None = None, last: bytes | None = None) -> None:
         """Rewrites the files that hold ids from ``first`` to ``last`` without what was deleted or replaced there."""
+        self._rewrite(USER + (first or b""), None if last is None else USER + last)
+
+    def compact_own(self) -> None:
+        """Rewrites the files that hold the store's own keys: what was deleted of them may have named users."""
+        self._rewrite(OWN, USER)
+
+    def _rewrite(self, first: bytes, last: bytes | None) -> None:
         db = self._open_db()
         try:
             db.flush()
-            db.compact_range(USER + (first or b""), None if last is None else USER + last, _REWRITING)
+            db.compact_range(first, last, _REWRITING)
         except Exception as error:  # rocksdict raises bare Exception for everything RocksDB says
             self._failed = True
             raise write_failed(self.path, error) from error

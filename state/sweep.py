@@ -7,13 +7,12 @@ moved on since the last one, some 16 times in the configured time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from learner.event_clock import NOBODY
 from state import codec
-from state.changelog import Record, tombstone
 from state.expiry import idle_up_to
 from state.hot_rows import HotRows
 from state.store import UserStore
@@ -22,9 +21,6 @@ SWEEP_ROWS = 1024
 """Rows looked at in one step: some 1 ms"""
 _LAST_OFFSET = slice(16, 24)
 """Of a stored row of any version"""
-
-Publish = Callable[[Sequence[Record]], None]
-"""Takes the tombstones of users before their rows are deleted: a crash in between only repeats work"""
 
 
 class Sweeper:
@@ -35,10 +31,11 @@ class Sweeper:
         self._passing = NOBODY
         self._passed = NOBODY
 
-    def sweep(self, hot: HotRows, rows: int = SWEEP_ROWS, publish: Publish | None = None) -> int:
+    def sweep(self, hot: HotRows, rows: int = SWEEP_ROWS) -> int:
         """Looks at the next ``rows`` rows and takes out those of idle users; returns how many.
 
-        Progress and rows change in one atomic step. Raises StoreError; the same rows then come again.
+        Progress and rows change in one atomic step, which leaves the users' tombstones in the outbox of ``hot``, where
+        it has one. Raises StoreError; the same rows then come again.
         """
         progress = hot.progress()
         idle = NOBODY if progress is None else idle_up_to(progress.clock)
@@ -47,7 +44,7 @@ class Sweeper:
                 return 0
             self._passing = idle
         users, values = _next_rows(hot.store, self._after, rows)
-        swept = _take_out(hot, users, values, idle, publish) if users else 0
+        swept = _take_out(hot, users, values, idle) if users else 0
         self._after = users[-1] if len(users) == rows else None
         if self._after is None:
             self._passed = self._passing
@@ -65,9 +62,7 @@ def _next_rows(store: UserStore, after: bytes | None, rows: int) -> tuple[list[b
     return users[:rows], values[:rows]
 
 
-def _take_out(
-    hot: HotRows, users: Sequence[bytes], values: Sequence[bytes], idle: int, publish: Publish | None
-) -> int:  # fmt: skip
+def _take_out(hot: HotRows, users: Sequence[bytes], values: Sequence[bytes], idle: int) -> int:
     """Only rows that are to go are checked: a damaged one is an error, whichever way it is read."""
     layout = hot.memory.layout
     last = np.frombuffer(b"".join([value[_LAST_OFFSET] for value in values]), "<i8")
@@ -77,7 +72,5 @@ def _take_out(
     gone = [users[k] for k in places]
     rows = layout.rows(codec.decode(layout, gone, [values[k] for k in places]))
     if gone:
-        if publish is not None:
-            publish([tombstone(user) for user in gone])
         hot.remove(gone, int(rows["events"].sum()))
     return len(gone)

@@ -25,6 +25,9 @@ class Commands(LazyGroup):
     places: ClassVar[Mapping[str, str]] = {
         "train": "streams.commands.train:train",
         "backtest": "streams.commands.backtest:backtest",
+        "worker": "streams.commands.worker:worker",
+        "play": "streams.commands.play:play",
+        "dead-letters": "streams.commands.dead_letters:app",
         "query": "streams.commands.query:query",
         "snapshot": "streams.commands.snapshot:take_snapshot",
         "restore": "streams.commands.restore:restore_snapshot",

@@ -16,15 +16,22 @@ from learner.event_clock import NOBODY, Ticks, advance, new_clock
 from learner.interactions import Interactions
 from learner.serving import ServingModel
 from learner.user_state import HEADER_BYTES, ItemHashes, RowLayout, Slab, new_rows
-from state.erasure import erase_user
+from state.erasure import Tell, erase_user
+from state.exceptions import ChangelogError
 from state.expiry import Expiry, idle_up_to, pack_clock, unpack_clock
 from state.hot_rows import HotMemory, HotRows
+from state.keys import STANDING_KEY
+from state.outbox import CommitLog
 from state.receipt import Removal
 from state.store import UserStore
-from state.sweep import SWEEP_ROWS, Publish, Sweeper
+from state.sweep import SWEEP_ROWS, Sweeper
 
 OpenStore = Callable[[int, RowLayout], UserStore]
 """(topic partition, layout of the rows) -> its store"""
+OpenLog = Callable[[int, UserStore], CommitLog]
+"""(topic partition, its store) -> what is told of every commit"""
+Payload = Callable[[Interactions, Adapted], bytes]
+"""(N events of one commit, what was said of them) -> what is to be told of them along with their users' rows"""
 
 DAY_MS = 86_400_000
 
@@ -71,6 +78,8 @@ class _Part:
     """(U,) the first event of each user"""
     ticks: Ticks | None
     """The event clock at these events; None without expiry"""
+    offset: int
+    """The store's progress after it"""
 
 
 class Processor:
@@ -80,13 +89,13 @@ class Processor:
     and those that learned are written together with the offset of the last. A crash between commits loses nothing: the
     stream goes on after the store's offset, and a row skips what it has applied. How the stream is cut changes no bit.
     After an error nothing of the commit counts, and the same records may come again.
-    With ``state.expire_after_days``, each commit first sweeps a few rows of idle users out; ``publish_gone`` is handed
-    the tombstones of all users that are taken out of a store, before they are.
+    With ``state.expire_after_days``, each commit first sweeps a few rows of idle users out.
+    ``log`` makes what is told of a partition's commits, those that take users out too (``state.outbox``).
     Use as a context: it closes the stores it opened. Not for several threads at once.
     """
 
     def __init__(
-        self, model: ServingModel, open_store: OpenStore, state: StateSettings, *, publish_gone: Publish | None = None
+        self, model: ServingModel, open_store: OpenStore, state: StateSettings, *, log: OpenLog | None = None
     ) -> None:
         self.model = model
         self.layout = RowLayout.of(model.first, model.second, state.ring)
@@ -98,7 +107,7 @@ class Processor:
         self._memory = HotMemory(self.layout, rows)
         self._hot: dict[int, HotRows] = {}
         self._sweepers: dict[int, Sweeper] = {}
-        self._publish_gone = publish_gone
+        self._log = log
         self._adaptation = Adaptation(self.layout, model.first, model.second)
         self._hashes = ItemHashes()
 
@@ -113,35 +122,65 @@ class Processor:
     def close(self) -> None:
         """Closes every store it opened."""
         while self._hot:
-            hot = self._hot.popitem()[1]
+            self.release(next(reversed(self._hot)))
+
+    def adopt(self, partition: int, store: UserStore) -> None:
+        """Takes a store that was opened, and brought together with its changelog, as this partition's.
+
+        From here on it is the processor's to close. ValueError where the partition has one; ChangelogError where the
+        store's commits have to be told and there is no log.
+        """
+        if partition in self._hot:
+            raise ValueError(f"partition {partition} has a store already: release it first")
+        if self._log is None and store.own(STANDING_KEY):
+            raise ChangelogError(
+                "the store is a worker's, which tells a changelog of every commit, and this run would not: give "
+                "another state directory"
+            )
+        self._hot[partition] = HotRows(store, self._memory, None if self._log is None else self._log(partition, store))
+
+    def release(self, partition: int) -> None:
+        """Closes the partition's store and drops its rows from memory; without one, nothing is done."""
+        hot = self._hot.pop(partition, None)
+        self._sweepers.pop(partition, None)
+        if hot is not None:
             hot.forget()
             hot.store.close()
-        self._sweepers.clear()
 
     def store(self, partition: int) -> UserStore:
         """The partition's store, opened at first use."""
         return self._rows(partition).store
 
-    def process(self, partition: int, records: Interactions) -> Predictions:
+    def process(
+        self, partition: int, records: Interactions, *, through: int | None = None, payload: Payload | None = None
+    ) -> Predictions:
         """Predicts each record, then learns it; on return all rows are in the partition's store.
 
         Offsets must rise within the records. Records that were applied before change nothing and may come again.
+        ``through``: the source offset that the store's progress ends at, where no events follow the last of the
+        records, or there are none; ValueError if it is before the last. What ``payload`` makes of a commit's events
+        goes to the log in the same atomic step as their rows; those that were applied before are not in it, unless
+        their rows alone say that they were (``Adapted.applied``).
         """
         hot, n = self._rows(partition), len(records)
+        if through is not None and n and through < records.offset[-1]:
+            raise ValueError(f"the records end at offset {records.offset[-1]}, after the {through} they are to go to")
         result = Predictions(np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.bool_))
         columns = self._columns(records, settle=True)
         done = self._skipped(hot, records, result)
         while done < n:
             self.sweep(partition)
-            part = self._next_part(hot, records, done)
+            part = self._next_part(hot, records, done, through)
             try:
-                adapted = self._learn(hot, records, columns, part)
+                adapted = self._learn(hot, records, columns, part, payload)
             except BaseException:
                 hot.forget()  # rows in memory may have learned what the store has not
                 raise
             result.logit[part.events], result.probability[part.events] = adapted.logit, adapted.probability
             result.applied[part.events] = adapted.applied
             done = part.events.stop
+        if through is not None:
+            self._advance(hot, through)
         return result
 
     def predict(self, partition: int, records: Interactions) -> Predictions:
@@ -163,17 +202,25 @@ class Processor:
         if self._expiry is None:
             return 0
         sweeper = self._sweepers.setdefault(partition, Sweeper())
-        swept = sweeper.sweep(self._rows(partition), rows, self._publish_gone)
+        swept = sweeper.sweep(self._rows(partition), rows)
         self.counts.users_swept += swept
         return swept
 
-    def erase(self, partition: int, user_id: str) -> Removal:
+    def erase(self, partition: int, user_id: str, tell: Tell | None = None) -> Removal:
         """Erases a user from the partition's store and from memory, whether it is there or not; see ``state.erasure``.
 
-        To be called between two calls of ``process``. Raises StoreError; erase again then.
+        To be called between two calls of ``process``; ``tell`` where there is a log. Raises StoreError, and what
+        ``tell`` does; erase again then.
         """
         hot = self._rows(partition)
-        return erase_user(hot.store, user_id.encode(), partition, hot=hot, publish=self._publish_gone)
+        return erase_user(hot.store, user_id.encode(), partition, hot=hot, tell=tell)
+
+    def _advance(self, hot: HotRows, offset: int) -> None:
+        """A commit without rows, unless the store is there already."""
+        progress = hot.progress()
+        if progress is None or progress.offset < offset:
+            clock = b"" if progress is None else progress.clock
+            hot.write(np.zeros(0, np.int32), offset, self.model.meta_version, clock)
 
     def _skipped(self, hot: HotRows, records: Interactions, result: Predictions) -> int:
         """How many of the records the store's offset covers: applied before, even if their users are gone since."""
@@ -186,7 +233,12 @@ class Processor:
 
     def _rows(self, partition: int) -> HotRows:
         if partition not in self._hot:
-            self._hot[partition] = HotRows(self._open_store(partition, self.layout), self._memory)
+            store = self._open_store(partition, self.layout)
+            try:
+                self.adopt(partition, store)
+            except BaseException:
+                store.close()
+                raise
         return self._hot[partition]
 
     def _columns(self, records: Interactions, settle: bool) -> EventColumns:
@@ -196,7 +248,7 @@ class Processor:
             records.event_time_ms, records.offset, item_rows, self._hashes.of(records.item_ids),
         )  # fmt: skip
 
-    def _next_part(self, hot: HotRows, records: Interactions, start: int) -> _Part:
+    def _next_part(self, hot: HotRows, records: Interactions, start: int, through: int | None) -> _Part:
         """The next commit's events: fewer than usual where a user is idle for too long between two of them."""
         stop, ticks = min(start + self._commit_events, len(records)), None
         if self._expiry is not None:
@@ -206,9 +258,12 @@ class Processor:
             if stop < events.stop:
                 ticks = self._ticks(self._expiry, hot, records, slice(start, stop))
         codes, first, user = np.unique(records.user[start:stop], return_index=True, return_inverse=True)
-        return _Part(slice(start, stop), codes, user.astype(np.int64), first, ticks)
+        offset = int(records.offset[stop - 1]) if through is None or stop < len(records) else through
+        return _Part(slice(start, stop), codes, user.astype(np.int64), first, ticks, offset)
 
-    def _learn(self, hot: HotRows, records: Interactions, columns: EventColumns, part: _Part) -> Adapted:
+    def _learn(
+        self, hot: HotRows, records: Interactions, columns: EventColumns, part: _Part, payload: Payload | None
+    ) -> Adapted:
         """One commit: reads the users' rows, walks the events, writes the rows that learned something."""
         memory = self._memory
         slots, unknown = hot.acquire([records.user_ids[code].encode() for code in part.codes.tolist()])
@@ -221,7 +276,8 @@ class Processor:
         memory.slab[slots[starting]] = self._started(records, part.codes[starting])
         event_slots = slots[part.user]
         adapted = self._adaptation.learn(memory.slab, _part(columns, part.events, event_slots), self.model.items)
-        self._write(hot, records, part, slots, adapted.applied)
+        told = b"" if payload is None else payload(records.take(part.events), adapted)
+        self._write(hot, part, slots, adapted.applied, told)
         self.counts.events += len(event_slots)
         self.counts.skipped += len(event_slots) - int(adapted.applied.sum())
         self.counts.guarded += adapted.guarded
@@ -237,13 +293,13 @@ class Processor:
         return new_rows(self.layout, self.model.first, self.model.second, means, self.model.meta_version)
 
     def _write(
-        self, hot: HotRows, records: Interactions, part: _Part, slots: NDArray[np.int32], applied: NDArray[np.bool_]
+        self, hot: HotRows, part: _Part, slots: NDArray[np.int32], applied: NDArray[np.bool_], payload: bytes
     ) -> None:
-        """Writes the rows that learned something, with the offset of the last event."""
+        """Writes the rows that learned something, with the part's offset."""
         learned = np.zeros(len(slots), np.bool_)
         learned[part.user[applied]] = True
         clock = b"" if part.ticks is None else pack_clock(part.ticks.state)
-        hot.write(slots[learned], int(records.offset[part.events][-1]), self.model.meta_version, clock)
+        hot.write(slots[learned], part.offset, self.model.meta_version, clock, payload)
 
     def _ticks(self, expiry: Expiry, hot: HotRows, records: Interactions, events: slice) -> Ticks:
         """The event clock at these events, none of which the store has applied."""

@@ -20,8 +20,15 @@ RECORDS_BEFORE_STOP = 1_000
 class Reason(StrEnum):
     """Why a record was rejected, in the order in which a record is checked."""
 
+    EMPTY_RECORD = "empty record"
+    TOO_LARGE = "too large"
+    UNKNOWN_SCHEMA = "unknown schema"
+    UNUSABLE_SCHEMA = "unusable schema"
     INVALID_TEXT = "invalid text"
+    TOO_DEEP = "nested too deeply"
     MALFORMED_LINE = "malformed line"
+    MALFORMED_RECORD = "malformed record"
+    DUPLICATE_KEY = "duplicate key"
     MISSING_FIELD = "missing field"
     EMPTY_ID = "empty id"
     WRONG_TYPE = "wrong type"

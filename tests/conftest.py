@@ -11,6 +11,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.kafka_broker import kafka_bootstrap
+
+__all__ = ["kafka_bootstrap"]
+
 # Tests are repeatable: the same examples in every run, and no deadline that a busy machine could miss.
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("soak", max_examples=5_000, deadline=None, print_blob=True)

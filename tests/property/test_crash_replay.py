@@ -31,11 +31,11 @@ class DyingStore(RocksUserStore):
 
     commits_left = 0
 
-    def write_batch(self, users, rows, progress, *, deleted=()):
+    def write_batch(self, users, rows, progress, **more):
         if self.commits_left == 0:
             raise Crash
         self.commits_left -= 1
-        super().write_batch(users, rows, progress, deleted=deleted)
+        return super().write_batch(users, rows, progress, **more)
 
 
 @cache

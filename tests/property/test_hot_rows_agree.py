@@ -26,12 +26,13 @@ class Refusing(MemoryUserStore):
 
     refuse: str | None = None
 
-    def write_batch(self, users, rows, progress, *, deleted=()):
+    def write_batch(self, users, rows, progress, **more):
         refuse, self.refuse = self.refuse, None
+        if refuse is None:
+            return super().write_batch(users, rows, progress, **more)
         if refuse != "before":
-            super().write_batch(users, rows, progress, deleted=deleted)
-        if refuse is not None:
-            raise StoreWriteFailed("the store in memory refuses")
+            super().write_batch(users, rows, progress, **more)
+        raise StoreWriteFailed("the store in memory refuses")
 
 
 class HotRowsAgainstDictionaries(RuleBasedStateMachine):

@@ -14,16 +14,17 @@ import pytest
 from configs.settings import StateSettings
 from learner.interactions import Interactions
 from learner.user_state import RowLayout
-from state.changelog import tombstone
 from state.codec import UNKNOWN, Progress
 from state.erasure import erase_from_directory, erase_from_snapshot, erase_user
-from state.exceptions import ReceiptError, StoreLocked, StoreWriteFailed
+from state.exceptions import ChangelogError, ReceiptError, StoreLocked, StoreWriteFailed
 from state.hot_rows import HotMemory, HotRows
-from state.keys import user_key
+from state.keys import STANDING_KEY, user_key
 from state.memory_store import MemoryUserStore
+from state.outbox import Outbox, Publication, entries, standing
+from state.outbox_codec import SESSION_BYTES, Standing
 from state.receipt import BEYOND_REACH, Receipt, Removal, read_receipt, write_receipt
 from state.snapshots.snapshot import snapshot
-from state.store import RocksReader, RocksUserStore
+from state.store import RocksReader, RocksUserStore, UserStore
 from streams.processor import Processor
 from streams.verification import verify_receipt_in_snapshots, verify_store
 from tests.models import random_stream, small_model
@@ -152,28 +153,86 @@ def test_a_damaged_row_is_erased_and_the_totals_are_unknown_from_then_on(tmp_pat
     assert (progress.users, progress.events, progress.offset) == (UNKNOWN, UNKNOWN, 3)
 
 
-def test_the_tombstone_is_published_before_the_row_goes(tmp_path):
-    user = NAME.encode()
-    filled(tmp_path / "s", user)
+def live(store: UserStore, position: int = 0) -> HotRows:
+    """The rows of a worker that tells a changelog."""
+    session = b"s" * SESSION_BYTES
+    own = {STANDING_KEY: Standing(session, position, 1).encode()}
+    store.write_batch([], np.zeros((0, store.layout.row_bytes), np.uint8), None, own=own)
+    return HotRows(store, HotMemory(store.layout, 4000), Outbox(store, session))
+
+
+def teller(hot: HotRows, told: list[Publication]):
+    """Tells everything, as a worker does."""
+
+    def tell() -> None:
+        while publication := hot.log.take(1 << 20):
+            told.append(publication)
+            hot.log.acknowledged(publication.sequence, len(told))
+
+    return tell
+
+
+@pytest.mark.parametrize("user", IDS.values(), ids=IDS)
+def test_a_worker_tells_the_tombstone_and_leaves_no_trace_in_the_outbox(tmp_path, user):
+    rings, told = filled(tmp_path / "s", user), []
     with RocksUserStore(tmp_path / "s", LAYOUT) as store:
-        seen = []
-        erase_user(store, user, 0, publish=lambda records: seen.append((list(records), store.stored_row(user))))
-        assert seen[0][0] == [tombstone(user)] == [(user_key(user), None)]
-        assert seen[0][1] is not None
+        hot = live(store)
+        slots = hot.acquire([user, b"other"]).slots
+        hot.write(slots, 4, 0, payload=b"said of " + user)
+        removal = erase_user(store, user, 7, hot=hot, tell=teller(hot, told))
+        assert removal == Removal(7, True, 6, LAYOUT.row_bytes, 4, 0)
+        assert [list(one.rows) for one in told] == [[user, b"other"]]
+        assert told[0].rows[user] is None
+        assert told[0].progress == store.progress()
+        assert standing(store).position == 1
+        assert traces(tmp_path / "s", user, rings) == []
 
 
-def test_a_changelog_that_refuses_leaves_the_row_for_the_next_try(tmp_path):
-    user = NAME.encode()
+def test_a_changelog_that_refuses_leaves_the_tombstone_for_the_next_try(tmp_path):
+    user, told = NAME.encode(), []
     filled(tmp_path / "s", user)
 
-    def refuse(records):
+    def refuse() -> None:
         raise ConnectionError("no broker")
 
     with RocksUserStore(tmp_path / "s", LAYOUT) as store:
+        hot = live(store)
         with pytest.raises(ConnectionError):
-            erase_user(store, user, 0, publish=refuse)
-        assert store.stored_row(user) is not None
+            erase_user(store, user, 0, hot=hot, tell=refuse)
+        assert store.stored_row(user) is None
+        assert [entry.deleted for entry in entries(store)] == [(user,)]
+        assert not erase_user(store, user, 0, hot=hot, tell=teller(hot, told)).found
+        assert told[0].rows == {user: None}
+        assert entries(store) == ()
+
+
+def test_an_outbox_is_not_left_untold(tmp_path):
+    with RocksUserStore(tmp_path / "s", LAYOUT) as store:
+        hot = live(store)
+        with pytest.raises(ValueError, match="needs a way to tell the changelog"):
+            erase_user(store, b"a", 0, hot=hot)
+        with pytest.raises(ChangelogError, match="has not acknowledged the tombstone"):
+            erase_user(store, b"a", 0, hot=hot, tell=lambda: None)
+
+
+def test_where_no_changelog_can_be_told_the_outbox_and_the_standing_go_with_the_user(tmp_path):
+    user = NAME.encode()
+    rings = filled(tmp_path / "s", user)
+    with RocksUserStore(tmp_path / "s", LAYOUT) as store:
+        hot = live(store)
+        slots = hot.acquire([user, b"other"]).slots
+        hot.write(slots, 4, 0, payload=b"said of " + user)
+    with RocksUserStore(tmp_path / "s", LAYOUT) as store:
         assert erase_user(store, user, 0).found
+        assert (entries(store), standing(store)) == ((), None)
+        assert traces(tmp_path / "s", user, rings) == []
+
+
+def test_a_standing_without_an_outbox_stays(tmp_path):
+    with RocksUserStore(tmp_path / "s", LAYOUT) as store:
+        live(store, position=9)
+        erase_user(store, b"a", 0)
+        assert standing(store).position == 9
 
 
 def test_an_erasure_that_died_before_the_files_were_written_anew_is_finished_by_the_next(tmp_path):
@@ -232,14 +291,15 @@ def test_a_processor_starts_an_erased_user_anew_and_never_applies_old_events_aga
     assert (progress.users, progress.events) == (6, 200 - (stream.user == stream.user_ids.index("u3")).sum() + later)
 
 
-def test_a_processor_hands_the_tombstone_to_its_changelog():
-    told = []
-    work = Processor(
-        small_model(), lambda _, layout: MemoryUserStore(layout), StateSettings(ring=4), publish_gone=told.extend
-    )
+def test_a_processor_hands_the_tombstone_to_its_outbox():
+    told, layout = [], RowLayout("full", 5, 4, 4)
+    store = MemoryUserStore(layout)
+    outbox = live(store).log
+    work = Processor(small_model(), lambda *_: store, StateSettings(ring=4), log=lambda *_: outbox)
     work.process(0, Interactions.from_columns(["a", "b"], ["i0", "i1"], [1, 0], [1, 2]))
-    assert work.erase(0, "a") == Removal(0, True, 1, work.layout.row_bytes, 1, 0)
-    assert told == [tombstone(b"a")]
+    tell = teller(HotRows(store, HotMemory(layout, 1), outbox), told)
+    assert work.erase(0, "a", tell) == Removal(0, True, 1, work.layout.row_bytes, 1, 0)
+    assert [sorted(one.rows.items())[0] for one in told] == [(b"a", None)]
     assert [user for user, _ in work.store(0).iterate()] == [b"b"]
 
 

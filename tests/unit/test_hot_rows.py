@@ -169,13 +169,12 @@ class Refusing(MemoryUserStore):
     left = -1
     written = False
 
-    def write_batch(self, users, rows, progress, *, deleted=()):
+    def write_batch(self, users, rows, progress, **more):
         self.left -= 1
         if self.left != -1:
-            super().write_batch(users, rows, progress, deleted=deleted)
-            return
+            return super().write_batch(users, rows, progress, **more)
         if self.written:
-            super().write_batch(users, rows, progress, deleted=deleted)
+            super().write_batch(users, rows, progress, **more)
         raise StoreWriteFailed("the store in memory refuses")
 
 
@@ -249,9 +248,9 @@ def test_after_an_error_inside_the_walk_they_do_too(kind, clean, monkeypatch):
 
 def test_an_interrupt_during_the_write_leaves_nothing_half_done(clean):
     class Interrupted(Refusing):
-        def write_batch(self, users, rows, progress, *, deleted=()):
+        def write_batch(self, users, rows, progress, **more):
             try:
-                super().write_batch(users, rows, progress, deleted=deleted)
+                return super().write_batch(users, rows, progress, **more)
             except StoreWriteFailed:
                 raise KeyboardInterrupt from None
 

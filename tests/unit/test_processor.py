@@ -34,9 +34,9 @@ class CountingStore(MemoryUserStore):
         super().__init__(layout)
         self.batches: list[tuple[list[bytes], int]] = []
 
-    def write_batch(self, users, rows, progress, *, deleted=()):
+    def write_batch(self, users, rows, progress, **more):
         self.batches.append((list(users), progress.offset))
-        super().write_batch(users, rows, progress, deleted=deleted)
+        return super().write_batch(users, rows, progress, **more)
 
     def close(self) -> None:
         """Stays readable."""

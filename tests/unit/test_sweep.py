@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import secrets
+
 import numpy as np
 import pytest
 
 from learner.event_clock import IDLE, new_clock
 from learner.user_state import RowLayout
-from state.changelog import tombstone
 from state.codec import UNKNOWN, Progress
 from state.exceptions import RowDamaged, StoreWriteFailed
 from state.expiry import Expiry, idle_up_to, pack_clock, unpack_clock
 from state.hot_rows import HotMemory, HotRows
-from state.keys import user_key
+from state.keys import STANDING_KEY, user_key
 from state.memory_store import MemoryUserStore
+from state.outbox import Outbox, entries
+from state.outbox_codec import SESSION_BYTES, Standing
 from state.store import RocksUserStore
 from state.sweep import Sweeper
 
@@ -31,11 +34,11 @@ class Counting(MemoryUserStore):
         self.walks += 1
         return super().stored(after)
 
-    def write_batch(self, users, rows, progress, *, deleted=()):
+    def write_batch(self, users, rows, progress, **more):
         if self.refuses:
             raise StoreWriteFailed("no space")
         self.batches += 1
-        super().write_batch(users, rows, progress, deleted=deleted)
+        return super().write_batch(users, rows, progress, **more)
 
 
 def clock(idle: int) -> bytes:
@@ -140,20 +143,39 @@ def test_swept_users_leave_the_memory():
     assert hot.memory.slab[acquired.slots[2]].all()
 
 
-def test_tombstones_are_published_before_the_rows_go():
-    hot, told = filled(), []
+def with_outbox() -> HotRows:
+    hot, session = filled(), secrets.token_bytes(SESSION_BYTES)
+    hot.store.write_batch([], hot.memory.slab[:0], None, own={STANDING_KEY: Standing(session, 0, 0).encode()})
+    hot.log = Outbox(hot.store, session)
+    return hot
+
+
+def test_tombstones_go_into_the_outbox_in_the_step_in_which_the_rows_go():
+    hot = with_outbox()
     set_clock(hot, 10)
-    Sweeper().sweep(hot, 100, lambda records: told.append((list(records), left(hot))))
-    assert told == [([tombstone(user) for user in USERS[:2]], USERS)]
+    Sweeper().sweep(hot, 100)
+    assert [entry.deleted for entry in entries(hot.store)] == [tuple(USERS[:2])]
+    told = hot.log.take(1)
+    assert (told.rows, told.progress) == (dict.fromkeys(USERS[:2]), hot.store.progress())
 
 
-def test_nothing_is_published_when_nobody_goes():
-    hot, told = filled(), []
+def test_tombstones_of_a_step_that_could_not_be_written_are_not_told():
+    hot = with_outbox()
+    set_clock(hot, 10)
+    hot.store.refuses = True
+    with pytest.raises(StoreWriteFailed):
+        Sweeper().sweep(hot, 100)
+    hot.store.refuses = False
+    assert (entries(hot.store), hot.log.take(1)) == ((), None)
+
+
+def test_nothing_is_told_when_nobody_goes():
+    hot = with_outbox()
     set_clock(hot, 10)
     sweeper = Sweeper()
-    sweeper.sweep(hot, 2, told.append)
-    sweeper.sweep(hot, 2, told.append)
-    assert len(told) == 1
+    sweeper.sweep(hot, 2)
+    sweeper.sweep(hot, 2)
+    assert len(entries(hot.store)) == 1
 
 
 def test_a_step_that_could_not_be_written_is_made_again():

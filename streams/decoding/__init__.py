@@ -1,0 +1,1 @@
+"""From the bytes of a topic's records to columnar events: JSON, Avro and Protobuf."""

@@ -1,0 +1,1 @@
+"""The worker: Kafka in, adapted users out."""

@@ -1,0 +1,139 @@
+"""The agent of a source whose producer did not key it by user: writes each event anew, keyed by user.
+
+One chunk is one transaction: the events on the other topic, and the group's offset on the source. So an event is there
+once for readers of committed records, whatever dies when. From there on, the order on that topic is the order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from concurrent.futures import Executor
+
+import numpy as np
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.errors import KafkaError, ProducerFenced
+
+from streams.decoding.decoded import Decoded
+from streams.kafka.chunk import Chunk
+from streams.kafka.prebuilt import send_batch
+from streams.kafka.record_batch import EncodedBatch
+from streams.live.adaptation import RETRY_S, Closing, Decode
+from streams.live.dead_letters import DeadLetters
+from streams.live.metrics import Stage
+from streams.live.routing import route
+from streams.live.watch import Watch
+
+NewProducer = Callable[[], Awaitable[AIOKafkaProducer]]
+"""A started producer with the partition's transactional id: it fences off the one before."""
+CommittedOffset = Callable[[], Awaitable[int]]
+"""Where the group goes on in the partition."""
+
+
+class RoutedPartition:
+    """An open partition of the source: ``ownership.Opened``."""
+
+    def __init__(
+        self,
+        tp: TopicPartition,
+        next_offset: int,
+        producer: AIOKafkaProducer,
+        new_producer: NewProducer,
+        committed: CommittedOffset,
+    ) -> None:
+        self.tp = tp
+        self.next_offset = next_offset
+        self.producer = producer
+        self.closing = asyncio.Event()
+        self._new_producer = new_producer
+        self._committed = committed
+        self._fenced = asyncio.Event()
+
+    async def run(self) -> None:
+        """See ``ownership.Opened``."""
+        await self._fenced.wait()
+        raise ProducerFenced
+
+    def fenced(self) -> None:
+        """Somebody else has opened the partition."""
+        self._fenced.set()
+
+    def committable(self) -> int | None:
+        """Nothing: the transactions commit the group's offset."""
+        return None
+
+    async def set_back(self) -> None:
+        """There is no store that could come back at an earlier offset."""
+
+    async def begin_anew(self) -> None:
+        """After a failed transaction: aborts it, and finds out whether it was committed after all."""
+        await self.producer.stop()
+        self.producer = await self._new_producer()
+        self.next_offset = await self._committed()
+
+    async def flush(self, flush_s: float) -> None:
+        """Every step ends with its transaction."""
+
+    async def close(self) -> None:
+        """See ``ownership.Opened``."""
+        await self.producer.stop()
+
+
+class Router:
+    """Routes chunks. ``topic`` has ``partitions`` partitions; ``decoding`` does the work that is no waiting."""
+
+    def __init__(
+        self,
+        topic: str,
+        partitions: int,
+        group: str,
+        decode: Decode,
+        dead_letters: DeadLetters,
+        watch: Watch,
+        decoding: Executor,
+    ) -> None:
+        self._topic = topic
+        self._partitions = partitions
+        self._group = group
+        self._decode = decode
+        self._dead_letters = dead_letters
+        self._watch = watch
+        self._decoding = decoding
+
+    async def apply(self, opened: RoutedPartition, chunk: Chunk, end: int) -> None:
+        """Routes a chunk's events; on return they are committed. Raises ProducerFenced, Closing."""
+        decoded, batches = await asyncio.get_running_loop().run_in_executor(self._decoding, self._routed, chunk)
+        if decoded.poison:
+            await self._dead_letters.send(chunk, decoded.poison)
+            self._watch.set_aside(poison.reason for poison in decoded.poison)
+        while opened.next_offset < chunk.next_offset:
+            if opened.closing.is_set():
+                raise Closing
+            try:
+                await self._transaction(opened, chunk, batches)
+                opened.next_offset = chunk.next_offset
+            except ProducerFenced:
+                opened.fenced()
+                raise
+            except (KafkaError, TimeoutError) as error:
+                self._watch.waits(opened.tp.partition, Stage.PUBLISH, error)
+                await asyncio.sleep(RETRY_S)
+                await opened.begin_anew()
+
+    def _routed(self, chunk: Chunk) -> tuple[Decoded, dict[int, list[EncodedBatch]]]:
+        decoded = self._decode(chunk)
+        good = np.searchsorted(chunk.offset, decoded.events.offset)
+        events = decoded.events
+        return decoded, route(chunk, events.user_ids, events.user, good, self._partitions)
+
+    async def _transaction(self, opened: RoutedPartition, chunk: Chunk, batches: dict[int, list[EncodedBatch]]) -> None:
+        producer = opened.producer
+        await producer.begin_transaction()
+        sent = [
+            await send_batch(producer, batch, self._topic, target)
+            for target, ready in batches.items()
+            for batch in ready
+        ]
+        await asyncio.gather(*sent)
+        await producer.send_offsets_to_transaction({opened.tp: chunk.next_offset}, self._group)
+        await producer.commit_transaction()

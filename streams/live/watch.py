@@ -1,0 +1,112 @@
+"""What happens to a worker, told once: its metrics, its health and its log follow from it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import structlog
+
+from state.codec import UNKNOWN, Progress
+from streams.kafka.chunk import Chunk
+from streams.live.health import Health
+from streams.live.metrics import Outcome, Stage, WorkerMetrics
+from streams.processor import Predictions
+from streams.rejects import Reason
+
+log = structlog.get_logger("coldstream")
+
+
+class Watch:
+    """Facts of the adapted partitions; see ``WorkerMetrics`` and ``Health`` for what becomes of them."""
+
+    def __init__(self, metrics: WorkerMetrics, health: Health) -> None:
+        self.metrics = metrics
+        self.health = health
+
+    def rebalanced(self, partitions: set[int]) -> None:
+        """The group has given this worker these partitions, and no others."""
+        self.metrics.rebalanced()
+        for partition in partitions:
+            self.metrics.owns(partition)
+        self.health.assigned(partitions)
+
+    def let_go(self, partition: int) -> None:
+        """It is no longer held."""
+        self.metrics.gone(partition)
+        self.health.revoked(partition)
+
+    def restoring(self, partition: int, records: int, total: int) -> None:
+        """Its store reads the changelog."""
+        self.metrics.restore(partition, records, total)
+        self.health.restoring(partition, records, total)
+
+    def opened(self, partition: int, offset: int) -> None:
+        """Its events are applied from here on."""
+        self.health.running(partition)
+        self.health.applied(partition, offset - 1)
+
+    def applied(self, partition: int, chunk: Chunk, predictions: Predictions, duplicates: int, lag: int) -> None:
+        """A step is durable."""
+        applied = int(predictions.applied.sum())
+        self.metrics.events(Outcome.APPLIED, applied)
+        self.metrics.events(Outcome.SKIPPED, len(predictions.applied) - applied)
+        self.metrics.events(Outcome.DUPLICATE, duplicates)
+        self.metrics.batch(len(chunk))
+        self.lag(partition, lag, int(chunk.timestamp_ms[-1]) if len(chunk) else None)
+        self.health.applied(partition, chunk.next_offset - 1)
+
+    def poison(self, partition: int, red: bool) -> None:
+        """Whether nearly all of its latest events cannot be used."""
+        self.metrics.poison(partition, red)
+        self.health.poison(partition, red)
+
+    def set_aside(self, reasons: Iterable[Reason]) -> None:
+        """These events are in the dead letters."""
+        for reason, count in Counter(reasons).items():
+            self.metrics.dead_letters(reason, count)
+            self.metrics.events(Outcome.DEAD_LETTER, count)
+
+    def lag(self, partition: int, events: int, applied_timestamp_ms: int | None = None) -> None:
+        """Events that wait at the brokers or on their way."""
+        self.metrics.lag(partition, events, applied_timestamp_ms)
+        self.health.lag(partition, events)
+
+    def published(self, partition: int, rows: int, pending_commits: int, progress: Progress | None) -> None:
+        """The changelog has acknowledged so many rows, up to this progress."""
+        self.metrics.changelog_rows(rows)
+        self.metrics.pending_commits(partition, pending_commits)
+        if progress is not None and progress.users != UNKNOWN:
+            self.metrics.state(partition, progress.users, progress.events)
+
+    def fenced(self, partition: int) -> None:
+        """Another worker has opened it."""
+        self.metrics.fenced()
+        self.health.fenced(partition)
+        log.warning("another worker has opened the partition", partition=partition)
+
+    def waits(self, partition: int, stage: Stage, error: BaseException) -> None:
+        """Something outside does not do its part; it is tried again."""
+        self.metrics.retried(stage)
+        self.health.hindered(partition, _line(error))
+        log.warning("waits, and tries again", partition=partition, stage=str(stage), error=_line(error))
+
+    def gap(self, partition: int, events: int) -> None:
+        """The source had deleted events that were not read."""
+        self.metrics.gap(events)
+        log.error(
+            "the source has deleted events before they were read: lengthen its retention, or add workers",
+            partition=partition,
+            events=events,
+        )
+
+    def failed(self, partition: int | None, error: BaseException) -> None:
+        """Nothing but a new start, and mostly somebody's hand, helps."""
+        if partition is not None:
+            self.health.failed(partition, _line(error))
+        self.health.failed_fatally(_line(error))
+        log.error("the worker ends", error=_line(error), exc_info=error)
+
+
+def _line(error: BaseException) -> str:
+    return str(error) or repr(error)

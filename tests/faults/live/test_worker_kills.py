@@ -1,0 +1,89 @@
+"""Two workers on four partitions that die again and again while a stream is played: no event is lost or doubled."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import numpy as np
+
+from tests.faults.live.playing import Player, clicks, ends
+from tests.faults.live.points import POINTS
+from tests.faults.live.stage import staged
+from tests.faults.live.workers import WorkerProcess, crew, until_settled, wait_until
+
+KILLS, KILLS_SOAK = 20, 500
+RATE = 1_500
+USERS = 400
+ANY_TIME = "any time"
+PATIENCE_S = 25.0
+"""A worker that has not come to its point after so long is killed where it is"""
+SETTLED_S = 90.0
+LETTERS = {"before letters are sent", "after letters are sent"}
+"""Points that a stream without poison never comes to"""
+
+
+class Victims:
+    """Starts workers with a point at which they die, and starts them again when they have."""
+
+    def __init__(self, workers: tuple[WorkerProcess, ...], seed: int) -> None:
+        self.died: Counter[str] = Counter()
+        self._rng = np.random.default_rng(seed)
+        self._workers = workers
+        self._point: dict[str, str] = {}
+        self._until: dict[str, float] = {}
+        for worker in workers:
+            self._start(worker)
+
+    def look(self) -> None:
+        """Kills whoever is due, and starts anew whoever has died."""
+        for worker in self._workers:
+            point = self._point[worker.name]
+            if worker.running and time.monotonic() > self._until[worker.name]:
+                worker.kill()
+                point = ANY_TIME
+            if not worker.running:
+                assert worker.status == -9, f"{worker.name} ended by itself, with {worker.status}, armed: {point}"
+                self.died[point] += 1
+                self._start(worker)
+
+    def spare(self) -> None:
+        """Every worker starts without a point."""
+        for worker in self._workers:
+            worker.kill()
+            worker.start()
+
+    def _start(self, worker: WorkerProcess) -> None:
+        points = [ANY_TIME, *(POINTS.keys() - LETTERS)]
+        point = min(points, key=lambda name: (self.died[name] + (name in self._point.values()), self._rng.random()))
+        self._point[worker.name] = point
+        if point == ANY_TIME:
+            worker.start()
+            self._until[worker.name] = time.monotonic() + float(self._rng.uniform(1.0, 10.0))
+        else:
+            worker.start(point, int(self._rng.integers(1, POINTS[point][-1] + 1)))
+            self._until[worker.name] = time.monotonic() + PATIENCE_S
+
+
+def test_what_killed_workers_leave_is_what_one_pass_leaves(tmp_path, kafka_bootstrap, judge_all, soak, seed, report):
+    kills = KILLS_SOAK if soak else KILLS
+    with staged(tmp_path, kafka_bootstrap, 4) as stage:
+        workers = (WorkerProcess(stage, "static", static=True), WorkerProcess(stage, "dynamic"))
+        with crew(*workers):
+            with Player(stage.bootstrap, stage.topic, clicks(seed, USERS), RATE) as player:
+                victims = Victims(workers, seed)
+                wait_until(lambda: victims.look() or victims.died.total() >= kills, kills * PATIENCE_S, "kills")
+                victims.spare()
+            until = ends(stage.bootstrap, stage.topic)
+            took = until_settled(workers, until, SETTLED_S)
+            verdict = judge_all(stage, workers)
+    assert player.given_up == 0
+    assert verdict.events == player.sent == sum(until.values())
+    assert verdict.predictions == verdict.events
+    assert verdict.repeated == 0
+    points = ", ".join(f"{n} {point}" for point, n in sorted(victims.died.items()))
+    report(
+        f"live kills: {victims.died.total()} of two workers on four partitions ({points}): rows, ledgers, changelog "
+        f"and {verdict.predictions:,} predictions of {verdict.events:,} events and {verdict.users} users are those of "
+        f"one pass, {verdict.repeated} predictions twice; settled {took:.1f} s after the last start; seed {seed}"
+    )

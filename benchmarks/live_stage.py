@@ -24,12 +24,12 @@ from aiokafka.admin import AIOKafkaAdminClient
 from benchmarks.command import Skipped
 from benchmarks.live_scrape import Look, Scrape, listener_of, now_s, scrape
 from configs.loading import ENVIRONMENT_PREFIX, load_settings
-from configs.settings import Settings
+from configs.settings import KafkaSettings, Settings
 from deploy.kafka.broker import external
 from deploy.kafka.cluster import Cluster, free_ports
 from deploy.kafka.launchers import BrokerError
 from streams.kafka.connection import Connection
-from streams.kafka.topics import ensure_topics, specs_of
+from streams.kafka.topics import TopicSpec, ensure_topics, specs_of
 
 PARTITIONS = 4
 STOP_S = 40.0
@@ -55,6 +55,11 @@ class Broker:
     bootstrap: str
     pid: int | None
     """Of the first broker, where it runs on this machine as a process of ours"""
+
+    @property
+    def connection(self) -> Connection:
+        """To it."""
+        return Connection.of(KafkaSettings(bootstrap=tuple(self.bootstrap.split(","))))
 
 
 @contextmanager
@@ -125,39 +130,40 @@ def scene(
     return Scene(config, load_settings(str(config), environ={}), model)
 
 
-def new_topic(case: str) -> str:
-    """A name that no other run has."""
-    return f"bench-{case}-{secrets.token_hex(4)}"
+@contextmanager
+def source_topic(at: Broker, case: str) -> Iterator[str]:
+    """A new topic for events, removed at the end."""
+    name = f"bench-{case}-{secrets.token_hex(4)}"
+    connection = at.connection
+    asyncio.run(_make(connection, [TopicSpec(name, "stream.topic", partitions=PARTITIONS)]))
+    try:
+        yield name
+    finally:
+        asyncio.run(_remove(connection, [name]))
 
 
 @contextmanager
-def topics(of: Scene) -> Iterator[None]:
-    """The scene's topics, removed at the end; one that an outer block has made is left to it."""
+def own_topics(of: Scene) -> Iterator[None]:
+    """The scene's topics beside its source, made before the worker looks for them, and removed at the end."""
     specs, connection = specs_of(of.settings.stream), of.connection
-
-    async def make() -> list[str]:
-        admin = AIOKafkaAdminClient(**connection.aiokafka())
-        await admin.start()
-        try:
-            there = set(await admin.list_topics())
-        finally:
-            await admin.close()
-        await ensure_topics(connection, specs, create=True, replication=None)
-        return [spec.name for spec in specs if spec.name not in there]
-
-    async def remove(made: list[str]) -> None:
-        admin = AIOKafkaAdminClient(**connection.aiokafka())
-        await admin.start()
-        try:
-            await admin.delete_topics(made)
-        finally:
-            await admin.close()
-
-    made = asyncio.run(make())
+    asyncio.run(_make(connection, specs))
     try:
         yield
     finally:
-        asyncio.run(remove(made))
+        asyncio.run(_remove(connection, [spec.name for spec in specs if spec.name != of.topic]))
+
+
+async def _make(connection: Connection, specs: Sequence[TopicSpec]) -> None:
+    await ensure_topics(connection, specs, create=True, replication=None)
+
+
+async def _remove(connection: Connection, names: Sequence[str]) -> None:
+    admin = AIOKafkaAdminClient(**connection.aiokafka())
+    await admin.start()
+    try:
+        await admin.delete_topics(list(names))
+    finally:
+        await admin.close()
 
 
 class WorkerProcess:

@@ -127,6 +127,12 @@ class BatchConsumer(driver.Consumer):
         await self._batches.call_thread(self._batches.set_position, tp, offset)
         self._read_offset[tp] = offset or None
 
+    async def group_offset(self, tp: TP) -> int | None:
+        """What the group has committed; None: nothing yet. Raises KafkaError."""
+        consumer = self._batches._ensure_consumer()
+        offset: int | None = await self._batches.call_thread(consumer.committed, driver.ensure_aiokafka_TP(tp))
+        return offset
+
     async def start_at(self, tp: TP, offset: int) -> None:
         """Ends the pause that came with the partition's assignment."""
         await self.rewind(tp, offset)
@@ -149,7 +155,8 @@ class BatchConsumer(driver.Consumer):
             return
         if not self.flow_active:  # a rebalance began meanwhile; its end sets all positions
             return
-        messages = [message for tp, found in polled.items() for message in self._messages(tp, found)]
+        batches = cast(dict[TP, _Polled], polled)
+        messages = [message for tp, found in batches.items() for message in self._messages(tp, found)]
         for tp, message in messages:
             if not self.flow_active or self.app.consumer_generation_id != generation:
                 return

@@ -282,7 +282,7 @@ def last_words(log: Path) -> str:
     return f"{log} says: {(telling or lines or ['nothing'])[-1][:300]}"
 
 
-def wait_until(condition: Callable[[], bool], deadline_s: float, pause_s: float = 0.05) -> bool:
+def wait_until(condition: Callable[[], bool], deadline_s: float, pause_s: float = 0.1) -> bool:
     """Whether the condition becomes true within so many seconds."""
     deadline = time.monotonic() + deadline_s
     while not condition():

@@ -69,7 +69,7 @@ class AvroParser:
         try:
             fields: Any = fastavro.schemaless_reader(data, writer.parsed, None)
         except Exception as error:  # whatever hostile bytes make of it: the library names no one class
-            detail = f"not of schema {framed.schema_id}: {error or 'it ends too early'}"
+            detail = f"not of schema {framed.schema_id}: {str(error) or 'it ends too early'}"
             return Refusal.at(DECODE, Problem(Reason.MALFORMED_RECORD, detail), error)
         if data.tell() != len(framed.payload):
             detail = f"{len(framed.payload) - data.tell():,} bytes follow a record of schema {framed.schema_id}"

@@ -222,7 +222,9 @@ async def ensure_topics(
         plans = missing(found, specs, replication=replication, brokers=brokers)
         wrong = problems(found, specs, where)
         if not create:
-            wrong += [Problem(plan.name, "does not exist", f"make it with: {plan.command(where)}") for plan in plans]
+            unseen = f", or user {connection.username} may not see it" if connection.username else ""
+            what = f"does not exist{unseen}"
+            wrong += [Problem(plan.name, what, f"make it with: {plan.command(where)}") for plan in plans]
         _raise(wrong)
         if plans:
             await _make(admin, plans, connection, where)

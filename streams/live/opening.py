@@ -17,7 +17,6 @@ from state.outbox_codec import SESSION_BYTES
 from state.store import RocksUserStore, UserStore
 from state.takeover import Marker
 from streams.decoding.decoded import Decoder
-from streams.kafka.connection import Connection
 from streams.live.adaptation import AdaptedPartition
 from streams.live.dead_letters import PoisonWatch
 from streams.live.duplicates import DuplicateWindow
@@ -25,41 +24,38 @@ from streams.live.exceptions import WorkerError
 from streams.live.metrics import Stage
 from streams.live.publisher import Publisher, Topics
 from streams.live.recovery import Recovery
+from streams.live.router import NewProducer
 from streams.live.topic_reader import TopicReader, on_loop
 from streams.live.watch import Watch
 from streams.processor import Processor
-
-TRANSACTION_TIMEOUT_MS = 600_000
-"""Then the brokers abort an open transaction. Long, since the next owner aborts it at once anyway, and an outage of the
-brokers would else look like another owner"""
 
 Result = TypeVar("Result")
 
 
 class Opener:
-    """Opens partitions for the processor. ``adapting`` is its thread, in ``restoring`` stores are brought up to date."""
+    """Opens partitions for the processor. ``adapting`` is its thread; ``restoring`` brings stores up to date."""
 
     def __init__(
         self,
         stream: StreamSettings,
-        connection: Connection,
         recovery: Recovery,
         source: TopicReader,
-        decoder: Decoder | None,
+        decoder: Callable[[], Decoder] | None,
         processor: Processor,
+        new_producer: NewProducer,
         watch: Watch,
         adapting: Executor,
         restoring: Executor,
         *,
         poison_share: float,
     ) -> None:
-        """``decoder``: reads the events again that ``stream.duplicate_window`` covers; None: events have no ids."""
+        """``decoder``: a new one, for the events that ``stream.duplicate_window`` covers; None: events have no ids."""
         self._stream = stream
-        self._connection = connection
         self._recovery = recovery
         self._source = source
         self._decoder = decoder
         self._processor = processor
+        self._new_producer = new_producer
         self._watch = watch
         self._adapting = adapting
         self._restoring = restoring
@@ -74,7 +70,7 @@ class Opener:
 
     async def open(self, partition: int) -> AdaptedPartition:
         """See the module; called off by cancelling it. Raises KafkaError, ColdstreamError."""
-        producer = self._new_producer(partition)
+        producer = self._producer(partition)
         stopped = threading.Event()
         store = None
         try:
@@ -113,7 +109,7 @@ class Opener:
         publisher = Publisher(
             partition, outbox, store.layout, self._sessions[partition],
             Topics(self._stream.topics.changelog, self._stream.topics.predictions),
-            lambda: self._new_producer(partition), producer, last_marker, self._watch,
+            lambda: self._producer(partition), producer, last_marker, self._watch,
         )  # fmt: skip
         poison = PoisonWatch(self._poison_share)
         return AdaptedPartition(partition, offset, outbox, publisher, window, poison, store, release)
@@ -149,22 +145,17 @@ class Opener:
         """The ids of the events before ``offset``, which are read again."""
         if self._decoder is None:
             return None
-        window = DuplicateWindow(self._stream.duplicate_window)
+        window, decoder = DuplicateWindow(self._stream.duplicate_window), self._decoder()
         loop = self._recovery.loop
         start = max(offset - self._stream.duplicate_window, on_loop(loop, self._source.span(partition)).start)
         for chunk in self._source.chunks(partition, start, offset, loop, stopped.is_set):
-            decoded = self._decoder.decode(chunk)
+            decoded = decoder.decode(chunk)
             if decoded.event_id is not None:
                 window.duplicates(decoded.events.offset, decoded.event_id)
         return window
 
-    def _new_producer(self, partition: int) -> AIOKafkaProducer:
-        return AIOKafkaProducer(
-            **self._connection.aiokafka(),
-            transactional_id=f"{self._stream.group}-{self._stream.topics.changelog}-{partition}",
-            transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
-            acks="all",
-        )
+    def _producer(self, partition: int) -> AIOKafkaProducer:
+        return self._new_producer(f"{self._stream.group}-{self._stream.topics.changelog}-{partition}")
 
     async def _in_thread(self, stopped: threading.Event, work: Callable[[], Result]) -> Result:
         """Work that ``stopped`` ends; cancelled, it waits for that end."""

@@ -32,6 +32,8 @@ log = structlog.get_logger("coldstream")
 
 FLUSH_S = 5.0
 """How long a closing partition waits for the brokers to acknowledge what it has committed"""
+LAG_S = 0.5
+"""Between two looks at how far behind the partitions are"""
 RETRY_S = 1.0
 """Between two tries to open a partition"""
 
@@ -141,6 +143,15 @@ class Ownership:
         await self.revoke(set(self._held) - ours)
         self._assigned = {tp.partition for tp in ours if tp.topic == self._counted}
         self._tell_assignment()
+
+    async def tell_lag(self) -> None:
+        """Tells how far behind each open partition is, now and then, until it is cancelled: events may come or not."""
+        while True:
+            for tp, held in self._held.items():
+                end = self.consumer.highwater(tp) if tp.topic == self._counted and held.opened is not None else None
+                if held.opened is not None and end is not None:
+                    self._watch.lag(tp.partition, max(end - held.opened.next_offset, 0))
+            await asyncio.sleep(LAG_S)
 
     async def revoke(self, tps: set[TP], flush_s: float = FLUSH_S) -> None:
         """The group takes these partitions away."""

@@ -118,9 +118,10 @@ class Publisher:
                 await asyncio.sleep(RETRY_S)
                 await self._begin_anew()
                 last, end = await self._last_marker()
-                if last is not None and last.owner.session != self._session:
+                owner = None if last is None else last.owner
+                if last is not None and (owner is None or owner.session != self._session):
                     raise ProducerFenced("another worker has told of this partition since") from None
-                if last is not None and last.owner.sequence >= publication.sequence:
+                if owner is not None and owner.sequence >= publication.sequence:
                     return end  # it was committed, only the answer was lost
 
     async def _transaction(self, publication: Publication) -> int:

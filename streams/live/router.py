@@ -13,7 +13,9 @@ from concurrent.futures import Executor
 import numpy as np
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError, ProducerFenced
+from faust.types import TP
 
+from configs.settings import StreamSettings
 from streams.decoding.decoded import Decoded
 from streams.kafka.chunk import Chunk
 from streams.kafka.prebuilt import send_batch
@@ -22,10 +24,15 @@ from streams.live.adaptation import RETRY_S, Closing, Decode
 from streams.live.dead_letters import DeadLetters
 from streams.live.metrics import Stage
 from streams.live.routing import route
+from streams.live.topic_reader import TopicReader
 from streams.live.watch import Watch
 
-NewProducer = Callable[[], Awaitable[AIOKafkaProducer]]
+NewProducer = Callable[[str], AIOKafkaProducer]
+"""(transactional id) -> a producer that is not started"""
+Started = Callable[[], Awaitable[AIOKafkaProducer]]
 """A started producer with the partition's transactional id: it fences off the one before."""
+GroupOffset = Callable[[TP], Awaitable[int | None]]
+"""What the group has committed of a partition; None: nothing yet."""
 CommittedOffset = Callable[[], Awaitable[int]]
 """Where the group goes on in the partition."""
 
@@ -35,10 +42,10 @@ class RoutedPartition:
 
     def __init__(
         self,
-        tp: TopicPartition,
+        tp: TP,
         next_offset: int,
         producer: AIOKafkaProducer,
-        new_producer: NewProducer,
+        new_producer: Started,
         committed: CommittedOffset,
     ) -> None:
         self.tp = tp
@@ -77,6 +84,44 @@ class RoutedPartition:
     async def close(self) -> None:
         """See ``ownership.Opened``."""
         await self.producer.stop()
+
+
+class RouterOpener:
+    """Opens partitions of the source for the router."""
+
+    def __init__(
+        self, stream: StreamSettings, new_producer: NewProducer, source: TopicReader, group_offset: GroupOffset
+    ) -> None:
+        self._stream = stream
+        self._new_producer = new_producer
+        self._source = source
+        self._group_offset = group_offset
+
+    async def open(self, partition: int) -> RoutedPartition:
+        """Fences off whoever routed the partition before. Raises KafkaError."""
+        tp = TP(self._stream.topic, partition)
+
+        async def started() -> AIOKafkaProducer:
+            producer = self._new_producer(f"{self._stream.group}-router-{self._stream.topic}-{partition}")
+            try:
+                await producer.start()
+            except BaseException:
+                await producer.stop()
+                raise
+            return producer
+
+        async def committed() -> int:
+            offset, span = await self._group_offset(tp), await self._source.span(partition)
+            if offset is None:
+                return span.start if self._stream.start == "earliest" else span.end
+            return max(offset, span.start)
+
+        producer = await started()
+        try:
+            return RoutedPartition(tp, await committed(), producer, started, committed)
+        except BaseException:
+            await producer.stop()
+            raise
 
 
 class Router:
@@ -135,5 +180,5 @@ class Router:
             for batch in ready
         ]
         await asyncio.gather(*sent)
-        await producer.send_offsets_to_transaction({opened.tp: chunk.next_offset}, self._group)
+        await producer.send_offsets_to_transaction({TopicPartition(*opened.tp): chunk.next_offset}, self._group)
         await producer.commit_transaction()

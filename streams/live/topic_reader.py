@@ -1,4 +1,4 @@
-"""Reads a stretch of a partition on the brokers: of a changelog, to restore from it (``state.changelog``), or a source."""
+"""Reads a stretch of a partition on the brokers: a changelog, to restore from it, or a source."""
 
 from __future__ import annotations
 

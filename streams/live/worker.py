@@ -13,11 +13,11 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import structlog
 from aiokafka import AIOKafkaProducer
@@ -41,12 +41,13 @@ from streams.live.dead_letters import DeadLetters
 from streams.live.exceptions import WorkerError
 from streams.live.health import Health
 from streams.live.health_server import HealthServer
-from streams.live.intake import Intake
+from streams.live.intake import Apply, Intake
 from streams.live.loop_monitor import LoopMonitor
 from streams.live.metrics import WorkerMetrics
 from streams.live.opening import Opener
 from streams.live.ownership import Open, Ownership
 from streams.live.recovery import Recovery
+from streams.live.router import Router, RouterOpener
 from streams.live.topic_reader import TopicReader
 from streams.live.watch import Watch
 from streams.processor import Processor
@@ -55,6 +56,18 @@ log = structlog.get_logger("coldstream")
 
 RESTORE_THREADS = 2
 """Partitions that are opened side by side"""
+
+
+TRANSACTION_TIMEOUT_MS = 600_000
+"""Then the brokers abort an open transaction. Long, since the next owner aborts it at once anyway, and an outage of the
+brokers would else look like another owner"""
+
+
+class _Role(NamedTuple):
+    """What is done with a topic's partitions."""
+
+    open: Open
+    apply: Apply
 
 
 class Worker:
@@ -101,20 +114,15 @@ class Worker:
         warm = asyncio.get_running_loop().run_in_executor(adapting, self._warmed_up)
         async with self._dead_letters(topics[stream.topics.dead_letters]) as letters:
             processor, decoder = await warm
-            opener = self._opener(topics[stream.topics.changelog], processor, decoder, adapting, restoring)
-            agent = AdaptationAgent(
-                processor, decoder.decode, letters, self._watch, adapting,
-                tell_predictions=stream.topics.predictions is not None,
-            )  # fmt: skip
-            kinds: dict[str, Open] = {adapted_topic(stream): opener.open}
+            roles = self._roles(topics, processor, decoder, letters, adapting, restoring)
             owned = Ownership(
-                kinds, consumer_options(settings, self._connection), self._watch, self.fail,
-                reopen_s=settings.kafka.session_timeout_ms / 1000,
+                {topic: role.open for topic, role in roles.items()}, consumer_options(settings, self._connection),
+                self._watch, self.fail, reopen_s=settings.kafka.session_timeout_ms / 1000,
             )  # fmt: skip
-            intake = Intake(owned, {adapted_topic(stream): agent.apply}, self.fail)
+            intake = Intake(owned, {topic: role.apply for topic, role in roles.items()}, self.fail)
             with tempfile.TemporaryDirectory(prefix="coldstream-faust-") as scratch:
-                app = build_app(settings, self._connection, owned, dict.fromkeys(kinds, intake.take), Path(scratch))
-                intake.consumer = owned.consumer = app.batches
+                app = build_app(settings, self._connection, owned, dict.fromkeys(roles, intake.take), Path(scratch))
+                intake.consumer = owned.consumer = self._consumer = app.batches
                 await self._take_part(app, owned)
 
     def _warmed_up(self) -> tuple[Processor, Decoder]:
@@ -125,26 +133,62 @@ class Worker:
         processor = Processor(self._model, no_store, state, log=self._outbox_of)
         write_model_view(state.directory, self._model, processor.layout, state.expire_after_days)
         warm_up()
-        return processor, decoder_of(self._settings.data.events, self._settings.stream)
+        return processor, self._new_decoder()
 
     def _outbox_of(self, partition: int, store: UserStore) -> CommitLog:
-        return self._opening.outbox_of(partition, store)
+        return self._opener.outbox_of(partition, store)
 
-    def _opener(
-        self, changelog: FoundTopic, processor: Processor, decoder: Decoder, adapting: Executor, restoring: Executor
-    ) -> Opener:
-        options, stream = self._connection.aiokafka(), self._settings.stream
+    def _roles(
+        self,
+        topics: Mapping[str, FoundTopic],
+        processor: Processor,
+        decoder: Decoder,
+        letters: DeadLetters,
+        adapting: Executor,
+        restoring: Executor,
+    ) -> dict[str, _Role]:
+        """By topic; the one whose events are adapted is the first."""
+        stream, options = self._settings.stream, self._connection.aiokafka()
+        changelog = topics[stream.topics.changelog]
         recovery = Recovery(
             self._settings.state, processor.layout, TopicReader(changelog.name, options),
             changelog.delete_retention_ms, asyncio.get_running_loop(),
         )  # fmt: skip
-        reader = TopicReader(adapted_topic(stream), options)
-        again = None if self._settings.data.events.event_id is None else decoder
-        self._opening = Opener(
-            stream, self._connection, recovery, reader, again, processor, self._watch, adapting, restoring,
+        adapted = adapted_topic(stream)
+        self._opener = Opener(
+            stream, recovery, TopicReader(adapted, options), self._new_decoder if self._events_have_ids else None,
+            processor, self._new_producer, self._watch, adapting, restoring,
             poison_share=self._settings.worker.poison_share,
         )  # fmt: skip
-        return self._opening
+        agent = AdaptationAgent(
+            processor, decoder.decode, letters, self._watch, adapting,
+            tell_predictions=stream.topics.predictions is not None,
+        )  # fmt: skip
+        roles = {adapted: _Role(self._opener.open, agent.apply)}
+        if not stream.keyed_by_user:
+            partitions = topics[adapted].partitions
+            router = Router(adapted, partitions, stream.group, decoder.decode, letters, self._watch, adapting)
+            opener = RouterOpener(
+                stream,
+                self._new_producer,
+                TopicReader(stream.topic, options),
+                lambda tp: self._consumer.group_offset(tp),
+            )
+            roles[stream.topic] = _Role(opener.open, router.apply)
+        return roles
+
+    @property
+    def _events_have_ids(self) -> bool:
+        return self._settings.data.events.event_id is not None
+
+    def _new_decoder(self) -> Decoder:
+        return decoder_of(self._settings.data.events, self._settings.stream)
+
+    def _new_producer(self, transactional_id: str) -> AIOKafkaProducer:
+        return AIOKafkaProducer(
+            **self._connection.aiokafka(), transactional_id=transactional_id, acks="all",
+            transaction_timeout_ms=TRANSACTION_TIMEOUT_MS,
+        )  # fmt: skip
 
     async def _take_part(self, app: WorkerApp, owned: Ownership) -> None:
         """Joins the group, and leaves it when the end has come."""
@@ -153,14 +197,17 @@ class Worker:
         await app.start()
         stopped = asyncio.create_task(app.wait_until_stopped())
         ended = asyncio.create_task(self._end.wait())
+        lag = asyncio.create_task(owned.tell_lag())
         try:
-            await asyncio.wait({stopped, ended}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({stopped, ended, lag}, return_when=asyncio.FIRST_COMPLETED)
+            if lag.done():
+                self.fail(lag.exception() or WorkerError("the lag is told no more"))
             if app.crashed:
                 self.fail(app.crash_reason or WorkerError("Faust ended by itself: see the log"))
             await self._leave(app, owned)
         finally:
-            stopped.cancel()
-            ended.cancel()
+            for task in (stopped, ended, lag):
+                task.cancel()
 
     async def _leave(self, app: WorkerApp, owned: Ownership) -> None:
         began, bound = time.monotonic(), self._settings.worker.shutdown_s

@@ -204,7 +204,7 @@ def test_a_process_that_got_the_same_id_is_not_taken_for_a_broker(tmp_path: Path
 
 # --- Docker: a stand-in for its command, which runs the image's own scripts' work with the jars, outside of a container
 
-STAND_IN = r"""#!{python}
+STAND_IN = r"""#!{python} -IS
 import json, os, subprocess, sys
 from pathlib import Path
 

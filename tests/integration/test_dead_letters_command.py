@@ -94,12 +94,8 @@ class Place:
 
         async def read() -> list[Any]:
             options = {"auto_offset_reset": "earliest", "isolation_level": "read_committed"}
-            all_of_it = AIOKafkaConsumer(topic, **self.connection.aiokafka())
-            async with AIOKafkaConsumer(topic, **self.connection.aiokafka(), **options) as consumer, all_of_it:
-                ends = await consumer.end_offsets(consumer.assignment())
-                while ends != await all_of_it.end_offsets(consumer.assignment()):
-                    await asyncio.sleep(0.02)  # a commit is answered before its markers are written
-                    ends = await consumer.end_offsets(consumer.assignment())
+            async with AIOKafkaConsumer(topic, **self.connection.aiokafka(), **options) as consumer:
+                ends = await self._settled(topic, consumer)
                 found: list[Any] = []
                 while any([await consumer.position(tp) < end for tp, end in ends.items()]):
                     for records in (await consumer.getmany(timeout_ms=200)).values():
@@ -109,6 +105,24 @@ class Place:
         found = asyncio.run(asyncio.wait_for(read(), TIMEOUT_S))
         assert len(found) == expected
         return found
+
+    async def _settled(self, topic: str, committed: AIOKafkaConsumer) -> dict[Any, int]:
+        """The topic's ends, once no transaction is open: a commit is answered before its markers are written."""
+        async with AIOKafkaConsumer(topic, **self.connection.aiokafka()) as everything:
+            partitions = everything.assignment()
+            while (ends := await committed.end_offsets(partitions)) != await everything.end_offsets(partitions):
+                await asyncio.sleep(0.02)
+            return ends
+
+    def settle(self) -> None:
+        """Waits until no transaction is open in the dead letters' topic."""
+
+        async def settled() -> None:
+            options = {"isolation_level": "read_committed"}
+            async with AIOKafkaConsumer(self.dead, **self.connection.aiokafka(), **options) as consumer:
+                await self._settled(self.dead, consumer)
+
+        asyncio.run(asyncio.wait_for(settled(), TIMEOUT_S))
 
 
 @pytest.fixture
@@ -217,6 +231,7 @@ def test_a_letter_is_replayed_once_unless_again_is_asked_for(place: Place) -> No
     }  # fmt: skip
     assert place.run("replay --partition 3 --offset 11 --again")[1]["sent"] == {place.source: 1}
     place.records(place.source, 5)
+    place.settle()
     assert sum(place.run("list")[1]["by_reason"].values()) == 4  # receipts are no letters
 
 
@@ -249,6 +264,7 @@ def test_a_record_that_fails_again_says_how_often_it_was_replayed(place: Place) 
             await DeadLetters(producer, place.dead, "w-2").send(chunk, POISON[:1])
 
     asyncio.run(fail_again())
+    place.settle()
     assert sorted(letter["replays"] for letter in place.run("list")[1]["letters"]) == [0, 1]
     assert place.run("replay --all")[1] == {
         "dry_run": False, "sent": {place.source: 1}, "replayed_before": 1, "not_whole": 0,
@@ -296,6 +312,7 @@ def test_a_letter_of_a_transaction_that_was_aborted_does_not_exist(place: Place)
                 await letters.send(chunk, POISON[:1])
 
     asyncio.run(asyncio.wait_for(aborted(), TIMEOUT_S))
+    place.settle()
     assert place.run("list")[1]["by_reason"] == {"malformed line": 1}
 
 

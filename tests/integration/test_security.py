@@ -23,14 +23,29 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
-from kafka.admin import UserScramCredentialUpsertion
+from kafka.admin import (
+    ACL,
+    ACLOperation,
+    ACLPermissionType,
+    ResourcePattern,
+    ResourceType,
+    UserScramCredentialUpsertion,
+)
 from kafka.errors import KafkaError
 
 from configs.settings import KafkaSettings
 from deploy.kafka.cluster import Cluster
 from streams.kafka.connection import Connection
-from streams.kafka.exceptions import BrokerUnreachable, KafkaProblem, LoginRefused, TlsRefused, TokenUnavailable
+from streams.kafka.exceptions import (
+    BrokerUnreachable,
+    KafkaProblem,
+    LoginRefused,
+    TlsRefused,
+    TokenUnavailable,
+    TopicError,
+)
 from streams.kafka.reaching import reach
+from streams.kafka.topics import TopicSpec, ensure_topics
 from tests.kafka_broker import create_topic, free_topic, running_cluster
 
 PASSWORD = "the-pass=word, of ada"
@@ -107,6 +122,9 @@ def _properties(directory: Path) -> dict[str, str]:
         "listener.name.tlslogin.sasl.enabled.mechanisms": "PLAIN",
         "listener.name.tlslogin.plain.sasl.jaas.config": plain,
         "listener.name.mutual.ssl.client.auth": "required",
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "super.users": "User:ANONYMOUS",  # brokers, and whoever comes without a login
+        "allow.everyone.if.no.acl.found": "true",
     }
     for listener in ("tls", "mutual", "othername", "tlslogin"):
         properties |= {
@@ -394,3 +412,31 @@ def test_a_login_where_none_is_taken_is_named(secured: Secured) -> None:
     problem = refusal(Connection.of(KafkaSettings.model_validate(settings)))
     assert isinstance(problem, LoginRefused)
     assert "takes no login; set kafka.security.protocol to plaintext or ssl" in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "create", "words"),
+    [
+        ([], False, "does not exist, or user ada may not see it; make it with: kafka-topics.sh"),
+        ([], True, "no right to Create; grant it with: kafka-acls.sh"),
+        ([ACLOperation.DESCRIBE], True, "no right to DescribeConfigs; grant it with: kafka-acls.sh"),
+    ],
+)
+def test_a_right_that_is_missing_is_named(
+    secured: Secured, allowed: list[ACLOperation], create: bool, words: str
+) -> None:
+    topic = create_topic(secured.cluster.bootstrap, free_topic("rights"))
+    pattern = ResourcePattern(ResourceType.TOPIC, topic)
+    rules = [ACL("User:ada", "*", operation, ACLPermissionType.ALLOW, pattern) for operation in allowed]
+    rules.append(ACL("User:other", "*", ACLOperation.ALL, ACLPermissionType.ALLOW, pattern))
+    connection = secured.connection(
+        "LOGIN", mechanism="plain", username="ada", password={"file": secured.files / "password"}
+    )
+    with closing(KafkaAdminClient(bootstrap_servers=secured.cluster.bootstrap)) as admin:
+        admin.create_acls(rules)
+    with pytest.raises(TopicError) as caught:
+        asyncio.run(ensure_topics(connection, [TopicSpec(topic, "stream.topic")], create=create, replication=1))
+    assert str(caught.value).startswith(f"topic {topic}")
+    assert words in str(caught.value)
+    if "kafka-acls" in words:
+        assert f"--allow-principal User:ada --operation {words.split()[3][:-1]} --topic {topic}" in str(caught.value)

@@ -6,16 +6,16 @@ The log is a simulated one: transactions all or nothing, fencing by epoch, compa
 from __future__ import annotations
 
 import copy
+import re
 import secrets
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from configs.settings import StateSettings
 from learner.interactions import Interactions
@@ -23,18 +23,17 @@ from learner.user_state import RowLayout
 from state.changelog import Record
 from state.exceptions import StoreWriteFailed
 from state.expiry import idle_up_to
-from state.keys import USER
+from state.keys import STANDING_KEY, USER
 from state.memory_store import MemoryUserStore
 from state.outbox import Outbox, records, standing
 from state.outbox_codec import NO_SESSION, SESSION_BYTES
-from state.takeover import Local, Log, Plan, Resend, bring_together, decide, follow
+from state.takeover import Apply, Local, Log, Plan, Rebuild, Resend, bring_together, decide, follow
 from streams.processor import Processor
 from tests.models import random_stream, small_model
 from tests.property.test_expiry import AFTER_MS, DAY_MS, made
 
 LAYOUT = RowLayout("gradient", 5, 4, 2)
 RETENTION_MS = 1000
-WORKERS = st.integers(0, 2)
 MODEL = small_model("gradient")
 
 
@@ -128,6 +127,7 @@ class Stream:
 
     def __init__(self, events: Interactions, days: float | None) -> None:
         self.events, self.days = events, days
+        self.step = max(len(events) // 6, 2)
         self.through = int(events.offset[-1]) + 3
         with self.processor(MemoryUserStore(LAYOUT), 64, None) as work:
             said = work.process(0, events, through=self.through)
@@ -245,159 +245,185 @@ class Worker:
         self.outbox.trim()
 
 
-class Takeovers(RuleBasedStateMachine):
-    """Three workers on one partition."""
+class Partition:
+    """Three workers on one partition, and what befalls them. Each method is one thing that may happen."""
 
-    @initialize(expiring=st.booleans())
-    def begin(self, expiring: bool) -> None:
-        self.source = stream(expiring)
+    def __init__(self, source: Stream, rng: np.random.Generator) -> None:
+        self.source, self.rng = source, rng
         self.broker = Broker()
-        self.workers = [Worker(self.broker, self.source) for _ in range(3)]
+        self.workers = [Worker(self.broker, source) for _ in range(3)]
         self.snapshots: list[Disk] = []
-        self.clock = patch("state.outbox._now_ms", lambda: self.broker.now_ms)
-        self.clock.start()
+        self.plans: list[Plan] = []
 
-    def running(self, worker: int) -> bool:
-        return self.workers[worker].work is not None
+    def below(self, limit: int) -> int:
+        return int(self.rng.integers(limit))
 
-    @rule(worker=WORKERS, commit_events=st.integers(1, 40), dies_after=st.none() | st.integers(0, 20))
-    def take_over(self, worker: int, commit_events: int, dies_after: int | None) -> None:
-        """Its own partition after a kill, or another's who may not know it yet."""
+    def dies_after(self) -> int | None:
+        return self.below(20) if self.below(4) == 0 else None
+
+    # --- a machine without a process
+
+    def take_over(self, machine: Worker) -> None:
+        """Its own partition after a kill, or that of another who may not know it yet."""
         try:
-            self.workers[worker].take_over(commit_events, dies_after)
+            self.plans.append(machine.take_over(1 + self.below(40), self.dies_after()))
         except (Killed, StoreWriteFailed):
-            self.workers[worker].kill()
-
-    @rule(worker=WORKERS, write=st.integers(0, 3), durable=st.booleans())
-    def next_writes_fail(self, worker: int, write: int, durable: bool) -> None:
-        self.workers[worker].disk.left, self.workers[worker].disk.durable = write, durable
-
-    @rule(worker=WORKERS, count=st.integers(0, 60))
-    def process(self, worker: int, count: int) -> None:
-        """By the owner or a zombie; a refused write is tried again."""
-        if self.running(worker):
-            try:
-                self.workers[worker].process(count)
-            except StoreWriteFailed:
-                self.workers[worker].process(count)
-
-    @rule(worker=WORKERS)
-    def sweep(self, worker: int) -> None:
-        if self.running(worker):
-            try:
-                self.workers[worker].work.sweep(0, 5)
-            except StoreWriteFailed:
-                self.workers[worker].kill()
-
-    @rule(worker=WORKERS, max_bytes=st.integers(1, 4000), ends=st.sampled_from(["acknowledged", "killed", "killed"]))
-    def publish(self, worker: int, max_bytes: int, ends: str) -> None:
-        """The kill comes between the end of the transaction and its acknowledgement."""
-        if self.running(worker):
-            machine = self.workers[worker]
-            try:
-                machine.publish(max_bytes, acknowledge=ends == "acknowledged")
-            except Fenced:
-                machine.kill()
-            if ends == "killed":
-                machine.kill()
-
-    @rule(worker=WORKERS)
-    def kill(self, worker: int) -> None:
-        self.workers[worker].kill()
-
-    @rule(worker=WORKERS)
-    def close_cleanly(self, worker: int) -> None:
-        if self.running(worker):
-            machine = self.workers[worker]
-            try:
-                while machine.publish(2000):
-                    pass
-                machine.outbox.trim()
-            except (Fenced, StoreWriteFailed):
-                pass
             machine.kill()
 
-    @rule(worker=WORKERS)
-    def wipe(self, worker: int) -> None:
-        self.workers[worker].kill()
-        self.workers[worker].disk = Disk(LAYOUT)
-
-    @rule(worker=WORKERS)
-    def take_snapshot(self, worker: int) -> None:
-        self.snapshots.append(self.workers[worker].disk.copied())
-
-    @precondition(lambda self: self.snapshots)
-    @rule(worker=WORKERS, data=st.data())
-    def put_a_snapshot_back(self, worker: int, data: st.DataObject) -> None:
-        """Of any worker's disk: an old copy, or after power loss."""
-        self.workers[worker].kill()
-        self.workers[worker].disk = data.draw(st.sampled_from(self.snapshots)).copied()
-
-    @rule(worker=WORKERS, dies_after=st.none() | st.integers(0, 20))
-    def begin_to_follow(self, worker: int, dies_after: int | None) -> None:
-        if not self.running(worker):
-            try:
-                self.workers[worker].joined(NO_SESSION, dies_after)
-            except (Killed, StoreWriteFailed):
-                self.workers[worker].kill()
-
-    @rule(worker=WORKERS, count=st.integers(0, 12))
-    def follow(self, worker: int, count: int) -> None:
-        """Some more of the log, wherever the batch ends."""
-        machine, broker = self.workers[worker], self.broker
-        stands = standing(machine.disk)
-        if self.running(worker) or machine.disk.restoring() or stands is None or stands.session != NO_SESSION:
-            return
-        if broker.now_ms - stands.known_at_ms >= RETENTION_MS:
+    def follow(self, machine: Worker) -> None:
+        """Begins to, or applies some more of the log, wherever the batch ends."""
+        broker, stands, machine.disk.left = self.broker, standing(machine.disk), -1
+        away = stands is None or stands.session != NO_SESSION or broker.now_ms - stands.known_at_ms >= RETENTION_MS
+        if away or machine.disk.restoring():
+            with suppress(Killed):
+                machine.joined(NO_SESSION, self.dies_after())
             return
         ahead = [entry for entry in broker.log if entry[0] >= stands.position]
-        taken = ahead[:count]
-        at_end = len(taken) == len(ahead)
-        position = broker.end if at_end else taken[-1][0] + 1 if taken else stands.position
-        known_at = broker.now_ms if at_end else taken[-1][1] if taken else stands.known_at_ms
-        machine.disk.left = -1
+        taken = ahead[: self.below(12)]
+        position, known_at = stands.position, stands.known_at_ms
+        if len(taken) == len(ahead):
+            position, known_at = broker.end, broker.now_ms
+        elif taken:
+            position, known_at = taken[-1][0] + 1, taken[-1][1]
         follow(
             machine.disk, [record for _, _, record in taken], position, known_at_ms=known_at, now_ms=broker.now_ms,
             tombstone_retention_ms=RETENTION_MS,
         )  # fmt: skip
         assert standing(machine.disk).position == position
 
-    @rule(dirty=st.integers(0, 30))
-    def compact(self, dirty: int) -> None:
-        self.broker.compact(dirty)
+    def wipe(self, machine: Worker) -> None:
+        machine.disk = Disk(LAYOUT)
 
-    @rule(ms=st.sampled_from([1, 400, 1100]))
-    def time_passes(self, ms: int) -> None:
-        self.broker.now_ms += ms
+    def put_a_snapshot_back(self, machine: Worker) -> None:
+        """Of any worker's disk: an old copy, or what is left after power loss."""
+        if self.snapshots:
+            machine.disk = self.snapshots[self.below(len(self.snapshots))].copied()
 
-    def teardown(self) -> None:
-        if not hasattr(self, "workers"):
-            return
+    # --- a machine with one, the owner or a zombie
+
+    def process(self, machine: Worker) -> None:
+        """A refused write is tried again."""
+        count = self.below(self.source.step)
         try:
-            for worker in self.workers:
-                worker.finish()
-                self.check(worker.disk)
-            fresh = Worker(self.broker, self.source)
-            fresh.finish()
-            self.check(fresh.disk)
-        finally:
-            self.clock.stop()
+            machine.process(count)
+        except StoreWriteFailed:
+            machine.process(count)
 
-    def check(self, disk: Disk) -> None:
-        """As after one clean pass; everything predicted was told, once."""
-        clean, progress = self.source, disk.progress()
-        assert held(disk) == clean.rows
-        assert (progress.offset, progress.clock) == (clean.progress.offset, clean.progress.clock)
-        rows = {user: row.tobytes() for user, row in disk.iterate()}
-        events = sum(int.from_bytes(row[8:16], "little") for row in rows.values())
-        assert (progress.users, progress.events) == (len(rows), events)
-        assert rows == self.broker.rows()
-        assert disk.own() == [(b"mstanding", standing(disk).encode())]
-        told = np.frombuffer(b"".join(self.broker.told), np.dtype([("offset", "<i8"), ("logit", "<f4")]))
-        order = np.argsort(told["offset"], kind="stable")
-        assert told["offset"][order].tolist() == clean.events.offset.tolist()
-        assert told["logit"][order].tobytes() == clean.logits.tobytes()
+    def publish(self, machine: Worker) -> None:
+        try:
+            machine.publish(1 + self.below(4000))
+        except Fenced:
+            machine.kill()
+
+    def publish_and_die(self, machine: Worker) -> None:
+        """Between the end of the transaction and its acknowledgement."""
+        with suppress(Fenced):
+            machine.publish(1 + self.below(4000), acknowledge=False)
+        machine.kill()
+
+    def sweep(self, machine: Worker) -> None:
+        try:
+            machine.work.sweep(0, 5)
+        except StoreWriteFailed:
+            machine.kill()
+
+    def kill(self, machine: Worker) -> None:
+        machine.kill()
+
+    def close_cleanly(self, machine: Worker) -> None:
+        with suppress(Fenced, StoreWriteFailed):
+            while machine.publish(2000):
+                pass
+            machine.outbox.trim()
+        machine.kill()
+
+    # --- any
+
+    def a_later_write_fails(self, machine: Worker) -> None:
+        machine.disk.left, machine.disk.durable = self.below(4), bool(self.below(2))
+
+    def take_snapshot(self, machine: Worker) -> None:
+        self.snapshots.append(machine.disk.copied())
+
+    def time_passes(self, _: Worker) -> None:
+        self.broker.now_ms += (1, 400, 1100)[self.below(3)]
+
+    def compact(self, _: Worker) -> None:
+        self.broker.compact(self.below(30))
+
+    def step(self) -> None:
+        """One thing happens to one of them."""
+        machine = self.workers[self.below(3)]
+        own = RUNNING if machine.work is not None else IDLE
+        choices = [action for action, weight in (own | ANY).items() for _ in range(weight)]
+        choices[self.below(len(choices))](self, machine)
 
 
-Takeovers.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
-TestTakeovers = Takeovers.TestCase
+IDLE = {Partition.take_over: 12, Partition.follow: 12, Partition.wipe: 1, Partition.put_a_snapshot_back: 3}
+RUNNING = {
+    Partition.process: 16, Partition.publish: 10, Partition.publish_and_die: 3, Partition.sweep: 2, Partition.kill: 3,
+    Partition.close_cleanly: 2,
+}  # fmt: skip
+ANY = {
+    Partition.a_later_write_fails: 1, Partition.take_snapshot: 2, Partition.time_passes: 2, Partition.compact: 2,
+}  # fmt: skip
+"""What may happen, and how often beside the others"""
+
+
+def check(disk: Disk, broker: Broker, clean: Stream) -> None:
+    """The store is as after one clean pass and as the log says; everything predicted was told, once."""
+    progress = disk.progress()
+    assert held(disk) == clean.rows
+    assert (progress.offset, progress.clock) == (clean.progress.offset, clean.progress.clock)
+    rows = {user: row.tobytes() for user, row in disk.iterate()}
+    events = sum(int.from_bytes(row[8:16], "little") for row in rows.values())
+    assert (progress.users, progress.events) == (len(rows), events)
+    assert rows == broker.rows()
+    assert disk.own() == [(STANDING_KEY, standing(disk).encode())]
+    told = np.frombuffer(b"".join(broker.told), np.dtype([("offset", "<i8"), ("logit", "<f4")]))
+    order = np.argsort(told["offset"], kind="stable")
+    assert told["offset"][order].tolist() == clean.events.offset.tolist()
+    assert told["logit"][order].tobytes() == clean.logits.tobytes()
+
+
+def run(source: Stream, seed: int) -> list[Plan]:
+    """Lets 80 things happen, then every worker, and a new one, takes over and ends the stream; returns the plans."""
+    partition = Partition(source, np.random.default_rng(seed))
+    with patch("state.outbox._now_ms", lambda: partition.broker.now_ms):
+        for _ in range(80):
+            partition.step()
+        for worker in [*partition.workers, Worker(partition.broker, source)]:
+            worker.finish()
+            check(worker.disk, partition.broker, source)
+    return partition.plans
+
+
+def kind(plan: Plan) -> str:
+    """What tells plans apart."""
+    match plan:
+        case Resend(told, untold):
+            return f"resend, {'some' if told else 'nothing'} told, {'some' if untold else 'nothing'} untold"
+        case Apply(_, left):
+            return f"apply, {'some' if left else 'nothing'} given up"
+        case Rebuild(reason):
+            return re.sub(r"\d+", "#", f"rebuild, {reason}")
+
+
+@pytest.mark.parametrize("expiring", [False, True])
+def test_whatever_happens_the_log_and_all_stores_end_as_after_one_clean_pass(expiring, soak, seed, report):
+    plans = Counter(
+        kind(plan) for k in range(3000 if soak else 150) for plan in run(stream(expiring), 10_000 * seed + k)
+    )
+    report(f"takeovers{' with expiry' if expiring else ''}: {sum(plans.values())}, of {len(plans)} kinds")
+    assert set(plans) == {
+        "resend, nothing told, nothing untold",
+        "resend, nothing told, some untold",
+        "resend, some told, nothing untold",
+        "resend, some told, some untold",
+        "apply, nothing given up",
+        "apply, some given up",
+        "rebuild, it has no rows",
+        "rebuild, it was never kept with a changelog",
+        "rebuild, it is older than the tombstones that its changelog keeps",
+        "rebuild, it is at offset #, which was never told, and its changelog goes on from before",
+    }

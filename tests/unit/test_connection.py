@@ -19,6 +19,7 @@ from aiokafka.errors import KafkaConnectionError, SaslAuthenticationFailed
 from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
 
 from configs.settings import KafkaSettings, SecretRule
+from streams.kafka import reaching
 from streams.kafka.connection import Connection
 from streams.kafka.exceptions import (
     BrokerUnreachable,
@@ -393,6 +394,29 @@ def test_all_addresses_are_tried_and_named() -> None:
         with pytest.raises(BrokerUnreachable) as caught:
             asyncio.run(reach(connection(bootstrap=[address, address])))
     assert str(caught.value).count(f"{address}: nothing listens there") == 2
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_brokers_that_say_they_are_elsewhere(monkeypatch: pytest.MonkeyPatch, reachable: bool) -> None:
+    """A broker behind a container's network answers, and then sends its clients to a name that only it knows."""
+
+    async def ask(connection: Connection, host: str, port: int, timeout_s: float) -> dict[int, str]:
+        if host == "outside" or (reachable and host == "inside-2"):
+            return {1: "inside-1:9092", 2: "inside-2:9092"}
+        raise BrokerUnreachable(f"{host}:{port}: no machine has this name; check kafka.bootstrap")
+
+    monkeypatch.setattr(reaching, "_ask", ask)
+    outside = connection(bootstrap="outside:9092")
+    if reachable:
+        assert asyncio.run(reach(outside)) == {1: "inside-1:9092", 2: "inside-2:9092"}
+        return
+    with pytest.raises(BrokerUnreachable) as caught:
+        asyncio.run(reach(outside))
+    assert str(caught.value) == (
+        "outside:9092 answers, but says that the brokers are at inside-1:9092, inside-2:9092, where none can be used "
+        "from here (inside-1:9092: no machine has this name; check kafka.bootstrap); check advertised.listeners of the "
+        "brokers, or this machine's name service"
+    )
 
 
 def test_a_silent_address_ends_in_time() -> None:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.live_producer --bootstrap HOST:PORT --topic TOPIC --rate 10000 --seconds 30
 
-sends generated events of 100,000 users at a rate, and prints how many as JSON when all are acknowledged. It is a process
-of its own, so that whoever measures is not in its way. Batches hold 128 KiB at most, as producers tuned for throughput
-send them.
+sends generated events of 100,000 users at a rate, and prints how many as JSON when all are acknowledged. It is a
+process of its own, so that whoever measures is not in its way. Batches hold 128 KiB at most, as those of producers that
+are tuned for throughput.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Records = tuple[Spans, Spans]
 
 
 def fill(connection: Connection, topic: str, partitions: int, pieces: Iterable[Records]) -> int:
-    """Sends records, all with the time of now, to the partitions of their keys; returns their bytes: keys and values."""
+    """Sends records of now to the partitions of their keys; returns their bytes, keys and values."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_fill(connection, topic, partitions, pieces))
 

@@ -2,14 +2,13 @@
 
     python -m benchmarks.live_profile --out profile.json --config FILE --model DIR --state DIR [--set KEY=VALUE]
 
-runs until SIGTERM, as ``coldstream worker`` does. Profiling itself makes short functions look dearer than they are; what
-compiled code takes stands with the Python function that calls it.
+runs until SIGTERM, as ``coldstream worker`` does. Profiling itself makes short functions look dearer than they are;
+what compiled code takes stands with the Python function that calls it.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import cProfile
 import json
 import pstats
@@ -20,12 +19,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import uvloop
-
-from configs.loading import load_settings
-from streams.commands.config import parse_overrides
-from streams.live.logs import configure_logs
-from streams.live.worker import Worker
+from streams.commands.worker import worker
 
 LOOP = "loop"
 """The main thread"""
@@ -58,7 +52,7 @@ class ThreadProfiles:
 
     def costs(self) -> list[Cost]:
         """The dearest first. Ends the profile of this thread."""
-        threading.setprofile(None)  # type: ignore[arg-type]  # as documented: None takes it away
+        threading.setprofile(None)
         sys.setprofile(None)
         found = [cost for thread, profile in self._profiles for cost in _costs(thread, profile)]
         return sorted(found, key=lambda cost: -cost.cpu_s)
@@ -81,14 +75,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the JSON file that is written at the end")
     parser.add_argument("--config", required=True)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--state", required=True)
+    parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE")
     options = parser.parse_args()
-    settings = load_settings(options.config, {**parse_overrides(options.set), "state.directory": options.state})
-    configure_logs()
     profiles = ThreadProfiles()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(Worker(settings, options.model).run())
+    worker(options.model, options.config, options.set, options.state)
     options.out.write_text(json.dumps([asdict(cost) for cost in profiles.costs()]), encoding="utf-8")
 
 

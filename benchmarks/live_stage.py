@@ -210,7 +210,9 @@ class WorkerProcess:
 
 
 @contextmanager
-def worker(of: Scene, state: Path, broker_pid: int | None = None, command: Sequence[str] = ()) -> Iterator[WorkerProcess]:
+def worker(
+    of: Scene, state: Path, broker_pid: int | None = None, command: Sequence[str] = ()
+) -> Iterator[WorkerProcess]:
     """A worker with a directory of its own, stopped at the end; its log lies beside ``state``.
 
     ``command``: what takes the worker's options in place of ``coldstream worker``.

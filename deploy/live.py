@@ -115,7 +115,7 @@ class Watch:
             with player_process(self._stage, rate, limit) as player, shown() as show:
                 sent = await self._until_sent(player, predictions, poisoner, show)
                 view = await self._until_applied(sent, poisoner.sent, predictions, show)
-        self._conclude(view, sent)
+        self._conclude(view, sent, poisoner.sent)
 
     async def _until_ready(self) -> None:
         deadline = time.monotonic() + READY_S
@@ -162,13 +162,14 @@ class Watch:
             require_running(self._workers[worker.name], self._stage.log(worker.name))
             await asyncio.to_thread(ask, worker, self._stage.ports[worker.name])
 
-    def _conclude(self, view: View, sent: int) -> None:
+    def _conclude(self, view: View, sent: int, poison: int) -> None:
         """Says how it ended; raises LiveError if that is not as it must be."""
         say(view.line())
         scores = self._scores
-        if (view.applied, len(scores), scores.repeated) != (sent, sent, 0):
+        if (view.applied, len(scores), scores.repeated, view.reasons.total()) != (sent, sent, 0, poison):
             raise LiveError(
-                f"{sent} events were sent, {view.applied} applied, {len(scores)} predicted, {scores.repeated} twice"
+                f"{sent} events and {poison} others were sent, {view.applied} applied, {len(scores)} predicted, "
+                f"{scores.repeated} predicted twice, {view.reasons.total()} are dead letters"
             )
         say(f"each of {sent:,} events of {len(scores.users):,} new users was applied and predicted exactly once")
         user, _ = scores.users.most_common(1)[0]

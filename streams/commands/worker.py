@@ -25,8 +25,9 @@ def worker(
     settings = settings_from(config, None, overrides, {"state.directory": state, "worker.instance": instance})
     import uvloop  # not above: the other commands do not wait for the brokers' clients
 
+    from streams.live.assembly import worker_name
     from streams.live.logs import Secrets, configure_logs
-    from streams.live.worker import Worker, worker_name
+    from streams.live.worker import Worker
 
     configure_logs(sys.stderr, Secrets(), worker=worker_name(settings))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

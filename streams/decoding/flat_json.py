@@ -3,6 +3,9 @@
 It accepts an object only where it is sure to read what a whole parser would, and declines any other: nested values,
 a key given twice or with an escape in it, half surrogate pairs, any error in the syntax or in UTF-8.
 
+numba's cache on disk looks at the file of the outermost function only: who changes this file, ``id_hash`` or
+``pointers`` touches ``flat_events`` and ``span_index`` too, or runs code of before the change.
+
 A position is an index into the chunk's bytes; −1 in its place says "declined".
 """
 

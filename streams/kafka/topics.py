@@ -314,7 +314,8 @@ async def _until_found(
         if late := [name for name in names if name not in found or name not in led]:
             if time.monotonic() > deadline:
                 raise TopicError(
-                    f"topics {', '.join(late)} were made {READY_S:g} s ago and have no leader; see the brokers' logs"
+                    f"topics {', '.join(late)} exist, but have no leader after {READY_S:g} s, or may not be seen; see "
+                    "the brokers' logs, and grant Describe on them with kafka-acls.sh"
                 )
             await asyncio.sleep(ASK_AGAIN_S)
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from typing import TypeVar
 
@@ -60,6 +60,8 @@ class Opener:
         self._adapting = adapting
         self._restoring = restoring
         self._poison_share = poison_share
+        self.release_copy: Callable[[int], Awaitable[None]] = _no_copy
+        """Closes the partition's copy, where this worker keeps one"""
         self._sessions: dict[int, bytes] = {}
         self._outboxes: dict[int, Outbox] = {}
 
@@ -74,6 +76,7 @@ class Opener:
         stopped = threading.Event()
         store = None
         try:
+            await self.release_copy(partition)
             await producer.start()  # from here on, nobody else writes to the partition's changelog
             session = self._sessions[partition] = secrets.token_bytes(SESSION_BYTES)
             with self._watch.metrics.timed(Stage.RESTORE):
@@ -173,3 +176,7 @@ class Opener:
 
     def _in(self, executor: Executor, work: Callable[[], Result]) -> asyncio.Future[Result]:
         return asyncio.get_running_loop().run_in_executor(executor, work)
+
+
+async def _no_copy(partition: int) -> None:
+    """None is kept."""

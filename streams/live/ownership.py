@@ -123,6 +123,12 @@ class Ownership:
         held = self._held.get(tp)
         return None if held is None else held.opened
 
+    def holds(self, partition: int) -> bool:
+        """Whether the group has given this worker the partition of the adapted topic, or it is not let go yet."""
+        return partition in self._assigned or any(
+            tp.partition == partition for tp in self._held if tp.topic == self._counted
+        )
+
     @contextlib.asynccontextmanager
     async def step(self, tp: TP) -> Any:
         """Holds the partition open for one step; gives None where it is not open."""

@@ -10,11 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import structlog
 
 from configs.settings import StateSettings
 from learner.user_state import RowLayout
 from state.changelog import Record, Restored
+from state.keys import CHANGELOG_KEY
 from state.outbox import standing
 from state.outbox_codec import NO_SESSION
 from state.rocksdb import MEBIBYTE, StoreMemory
@@ -92,6 +94,7 @@ class Recovery:
     def _bring_together(
         self, store: RocksUserStore, partition: int, stopped: threading.Event, on_records: OnRecords, session: bytes
     ) -> None:
+        self._refuse_others(store, partition)
         began, now_ms = time.monotonic(), time.time_ns() // 1_000_000
         span = self.span(partition)
 
@@ -114,3 +117,16 @@ class Recovery:
             offset=None if done.progress is None else done.progress.offset,
             seconds=round(time.monotonic() - began, 3),
         )
+
+    def _refuse_others(self, store: RocksUserStore, partition: int) -> None:
+        """A store belongs to one changelog for good: positions in another one would mean nothing."""
+        name = f"{self._changelog.topic}/{partition}".encode()
+        held = dict(store.own(CHANGELOG_KEY)).get(CHANGELOG_KEY)
+        if held is None:
+            nothing = np.zeros((0, self._layout.row_bytes), np.uint8)
+            store.write_batch([], nothing, None, own={CHANGELOG_KEY: name})
+        elif held != name:
+            raise WorkerError(
+                f"{store.path} is kept with the changelog {held.decode(errors='replace')}, not with {name.decode()}: "
+                "give another state directory (--state), or set stream.topics.changelog back"
+            )

@@ -76,11 +76,20 @@ class TopicReader:
         finally:
             on_loop(loop, consumer.stop())
 
-    async def _started(self, partition: int, start: int | None = None) -> AIOKafkaConsumer:
-        tp = TopicPartition(self.topic, partition)
+    async def consumer(self) -> AIOKafkaConsumer:
+        """One that reads chunks; nothing is assigned to it yet, and the caller stops it. Raises KafkaError."""
         consumer = AIOKafkaConsumer(**self._options)
         fetch_chunks(consumer, frozenset({self.topic}))
-        await consumer.start()
+        try:
+            await consumer.start()
+        except BaseException:
+            await consumer.stop()
+            raise
+        return consumer
+
+    async def _started(self, partition: int, start: int | None = None) -> AIOKafkaConsumer:
+        tp = TopicPartition(self.topic, partition)
+        consumer = await self.consumer()
         consumer.assign([tp])
         if start is not None:
             consumer.seek(tp, start)

@@ -25,6 +25,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import (
     ACL,
+    ACLFilter,
     ACLOperation,
     ACLPermissionType,
     ResourcePattern,
@@ -35,6 +36,7 @@ from kafka.errors import KafkaError
 
 from configs.settings import KafkaSettings
 from deploy.kafka.cluster import Cluster
+from streams.kafka import topics
 from streams.kafka.connection import Connection
 from streams.kafka.exceptions import (
     BrokerUnreachable,
@@ -418,12 +420,16 @@ def test_a_login_where_none_is_taken_is_named(secured: Secured) -> None:
     ("allowed", "create", "words"),
     [
         ([], False, "does not exist, or user ada may not see it; make it with: kafka-topics.sh"),
-        ([], True, "no right to Create; grant it with: kafka-acls.sh"),
+        (
+            [],
+            True,
+            "exist, but have no leader after 1 s, or may not be seen; see the brokers' logs, and grant Describe",
+        ),
         ([ACLOperation.DESCRIBE], True, "no right to DescribeConfigs; grant it with: kafka-acls.sh"),
     ],
 )
 def test_a_right_that_is_missing_is_named(
-    secured: Secured, allowed: list[ACLOperation], create: bool, words: str
+    secured: Secured, monkeypatch: pytest.MonkeyPatch, allowed: list[ACLOperation], create: bool, words: str
 ) -> None:
     topic = create_topic(secured.cluster.bootstrap, free_topic("rights"))
     pattern = ResourcePattern(ResourceType.TOPIC, topic)
@@ -434,9 +440,29 @@ def test_a_right_that_is_missing_is_named(
     )
     with closing(KafkaAdminClient(bootstrap_servers=secured.cluster.bootstrap)) as admin:
         admin.create_acls(rules)
+    monkeypatch.setattr(topics, "READY_S", 1.0)
     with pytest.raises(TopicError) as caught:
         asyncio.run(ensure_topics(connection, [TopicSpec(topic, "stream.topic")], create=create, replication=1))
-    assert str(caught.value).startswith(f"topic {topic}")
+    assert topic in str(caught.value)
     assert words in str(caught.value)
-    if "kafka-acls" in words:
-        assert f"--allow-principal User:ada --operation {words.split()[3][:-1]} --topic {topic}" in str(caught.value)
+
+
+def test_a_topic_that_may_not_be_made_is_named_with_the_right_to_grant(secured: Secured) -> None:
+    cluster = ResourcePattern(ResourceType.CLUSTER, "kafka-cluster")
+    rule = ACL("User:ada", "*", ACLOperation.CREATE, ACLPermissionType.DENY, cluster)
+    topic = free_topic("rights")
+    connection = secured.connection(
+        "LOGIN", mechanism="plain", username="ada", password={"file": secured.files / "password"}
+    )
+    with closing(KafkaAdminClient(bootstrap_servers=secured.cluster.bootstrap)) as admin:
+        own = ResourcePattern(ResourceType.TOPIC, topic)
+        admin.create_acls([rule, ACL("User:other", "*", ACLOperation.ALL, ACLPermissionType.ALLOW, own)])
+        try:
+            with pytest.raises(TopicError) as caught:
+                asyncio.run(ensure_topics(connection, [TopicSpec(topic, "stream.topic")], create=True, replication=1))
+        finally:
+            admin.delete_acls([ACLFilter("User:ada", "*", ACLOperation.CREATE, ACLPermissionType.DENY, cluster)])
+    assert str(caught.value) == (
+        f"topic {topic}: no right to Create; grant it with: kafka-acls.sh --bootstrap-server {connection.bootstrap[0]} "
+        f"--command-config client.properties --add --allow-principal User:ada --operation Create --topic {topic}"
+    )

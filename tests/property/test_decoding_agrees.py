@@ -83,7 +83,8 @@ def values(draw: st.DrawFn) -> bytes | None:
     at = draw(st.integers(0, len(value)))
     piece = draw(st.sampled_from(
         [b"", b" ", b"\n", b",", b":", b"{", b"}", b"[", b"]", b'"', b"\\", b"\\u00e9", b"\\n", b"0", b"-", b".", b"e5",
-         b"E+2", b"9" * 20, b"0.1", b"NaN", b"-Infinity", b"null", b"tru", b"\x00", b"\x7f", b"\x80", b"\xc3\xa9",
+         b"E+2", b"9" * 20, b"0.1", b"NaN", b"-Infinity", b"null", b"tru", b"\x00",
+                b"\x1f", b"\x7f", b"\x80", b"\xc3\xa9",
          b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\xaf", b'"user_id":"w",', b'"x":1,"x":2,', b'"\\u0078":1,"x":2,']
     ))  # fmt: skip
     if kind < 8:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from configs.settings import EventSchema, StreamSettings
+from streams.decoding import flat_events, id_hash, json_record, span_index
 from streams.decoding.decoded import Decoded, Poison
 from streams.decoding.decoder import decoder_of
 from streams.decoding.id_hash import hash_bytes, prefix_seed
@@ -239,6 +241,22 @@ def test_arrays_of_any_kind_are_decoded(decoder):
     odd = Chunk("t", 0, plain.data.copy(), plain.key_start, plain.key_length, strided, plain.value_length.astype(">i8"),
                 plain.header_start, plain.offset, plain.timestamp_ms, plain.next_offset)  # fmt: skip
     assert events_of(decoder.decode(odd)) == events_of(decoder.decode(plain))
+
+
+@pytest.mark.parametrize(
+    "schema", [{}, {"event_id": {"field": "id", "prefix": "e"}, "value": {"field": "label"}}], ids=str
+)
+def test_no_event_waits_for_a_compiler(schema):
+    decoder = JsonDecoder(EventSchema.model_validate(schema))
+    functions = (flat_events._read, span_index._encode, span_index._join, json_record.outline, id_hash._hash_all)
+    before = [len(function.signatures) for function in functions]
+    chunk = chunk_of([GOOD, record(id="x", y=[1]), b"{", None, GOOD])
+    writable = replace(chunk)
+    for array in (writable.data, writable.value_start):
+        array.flags.writeable = array.base is None
+    for one in (chunk, writable, chunk.part(1, 3)):
+        decoder.decode(one)
+    assert [len(function.signatures) for function in functions] == before
 
 
 def test_distinct_contents_in_order_of_appearance_whatever_the_size():

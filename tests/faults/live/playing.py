@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -89,7 +90,7 @@ class Player:
     records: Iterator[Sent]
     rate: float
     sent: int = 0
-    given_up: int = 0
+    given_up: Counter[str] = field(default_factory=Counter)
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
     _error: BaseException | None = None
@@ -134,8 +135,8 @@ class Player:
     async def _send(self, client: AIOKafkaProducer, one: Sent) -> None:
         try:
             await client.send_and_wait(self.topic, value=one.value, key=one.key, headers=list(one.headers))
-        except KafkaError:
-            self.given_up += 1
+        except KafkaError as error:
+            self.given_up[type(error).__name__] += 1
 
 
 def ends(bootstrap: str, topic: str) -> dict[int, int]:

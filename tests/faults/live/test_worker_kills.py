@@ -77,7 +77,7 @@ def test_what_killed_workers_leave_is_what_one_pass_leaves(tmp_path, kafka_boots
             until = ends(stage.bootstrap, stage.topic)
             took = until_settled(workers, until, SETTLED_S)
             verdict = judge_all(stage, workers)
-    assert player.given_up == 0
+    assert not player.given_up
     assert verdict.events == player.sent == sum(until.values())
     assert verdict.predictions == verdict.events
     assert verdict.repeated == 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import importlib
 import json
 import pstats
 import sys
@@ -32,7 +33,6 @@ class Cost:
     thread: str
     where: str
     """file:line(function)"""
-    calls: int
     cpu_s: float
 
 
@@ -60,8 +60,8 @@ class ThreadProfiles:
 
 def _costs(thread: str, profile: cProfile.Profile) -> Iterator[Cost]:
     profile.create_stats()
-    for (file, line, function), (_, calls, own_s, _, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]  # its only way to the figures
-        yield Cost(thread, f"{'/'.join(Path(file).parts[-2:])}:{line}({function})", calls, own_s)
+    for (file, line, function), (_, _, own_s, _, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]  # its only way to the figures
+        yield Cost(thread, f"{'/'.join(Path(file).parts[-2:])}:{line}({function})", own_s)
 
 
 def read(path: Path) -> list[Cost]:
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE")
     options = parser.parse_args()
+    importlib.import_module("streams.live.worker")  # what the command would load later is no part of the profile
     profiles = ThreadProfiles()
     worker(options.model, options.config, options.set, options.state)
     options.out.write_text(json.dumps([asdict(cost) for cost in profiles.costs()]), encoding="utf-8")

@@ -73,8 +73,8 @@ def throughput(bench: Bench, stream: Stream) -> Iterator[Figure]:
 
 def memory(bench: Bench, stream: Stream) -> Iterator[Figure]:
     """Default settings, and ten million events to catch up with."""
-    again = " over and over, new users each time" if stream is ML_1M else ""
-    case = f"lag of {LAG:,}: {stream.name}{again}"
+    name = "MovieLens over and over, new users each time" if stream is ML_1M else stream.name
+    case = f"lag of {LAG:,} events: {name}"
     if not bench.options.wants(case):
         return
     with bench.filled(stream, bench.options.scaled(LAG)) as filled:
@@ -86,7 +86,7 @@ def memory(bench: Bench, stream: Stream) -> Iterator[Figure]:
 
 def profile(bench: Bench) -> Iterator[Figure]:
     """Which functions of which thread take the CPU time of a run over MovieLens, without the second filter."""
-    case = "profile of ML-1M"
+    case = "CPU profile over MovieLens"
     if not bench.options.wants(case):
         return
     out = bench.folder / "profile.json"
@@ -165,4 +165,4 @@ def _cost_figures(case: str, costs: Sequence[Cost], events: int) -> Iterator[Fig
     for thread, cpu_s in sorted(threads.items(), key=lambda entry: -entry[1]):
         yield Figure(case, f"thread {thread}, start and end included", (cpu_s * per_event,), "µs/event")
     for cost in costs[:SHOWN_COSTS]:
-        yield Figure(case, f"  {cost.thread}: {cost.where} × {cost.calls:,}", (cost.cpu_s * per_event,), "µs/event")
+        yield Figure(case, f"  {cost.thread}: {cost.where}", (cost.cpu_s * per_event,), "µs/event")

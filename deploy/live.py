@@ -88,10 +88,10 @@ def main() -> int:
 def run(stack: ExitStack, rate: float, limit: int | None) -> None:
     """Starts the parts one after another; the stack stops them in the opposite order."""
     prepare_model()
-    say("starting a broker")
     stage = set_stage(*stack.enter_context(broker()))
     stack.enter_context(topics(stage))
-    say(f"broker at {stage.settings.kafka.bootstrap[0]}, settings in {stage.config.relative_to(ROOT)}")
+    whose = "not ours: its topics are removed in the end" if stage.borrowed else "started"
+    say(f"broker at {stage.settings.kafka.bootstrap[0]} ({whose}), settings in {stage.config.relative_to(ROOT)}")
     say("starting two workers")
     workers = {worker: stack.enter_context(worker_process(stage, worker)) for worker in WORKERS}
     asyncio.run(Watch(stage, workers).run(rate, limit))

@@ -123,7 +123,9 @@ class View:
 
     def table(self) -> Table:
         """For a terminal."""
-        table = Table(title=self._title(), caption=f"dead letters: {self._letters()}", caption_justify="left")
+        table = Table(
+            title=self._title(), caption=f"dead letters: {self._letters()}", caption_justify="left", min_width=100
+        )
         for column in ("worker", "state", "partitions"):
             table.add_column(column)
         for column in ("applied", "lag", "users", "slowest loop, ms"):

@@ -175,7 +175,7 @@ async def play(
             _Sender(producer, stream.topic, topics[stream.topic].partitions), records, rate, on_progress
         )
     except KafkaError as error:
-        raise PlayError(f"topic {stream.topic}: the broker refuses the events: {error!r}; see its log") from error
+        raise PlayError(f"topic {stream.topic} takes no more events: {error!r}; see the broker's log") from error
     finally:
         await producer.stop()
 

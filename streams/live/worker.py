@@ -24,6 +24,7 @@ from configs.settings import Settings
 from learner.artifact import read_artifact
 from streams.catalogues import load_catalogues
 from streams.kafka.connection import Connection
+from streams.kafka.reaching import reach
 from streams.kafka.topics import FoundTopic, ensure_topics, specs_of
 from streams.live.app import WorkerApp, build_app, consumer_options
 from streams.live.assembly import Assembly, Threads, worker_name
@@ -83,6 +84,7 @@ class Worker:
         settings, stream = self._settings, self._settings.stream
         assembly = Assembly(settings, self._connection, self._model, self._watch, threads)
         warm = asyncio.get_running_loop().run_in_executor(threads.adapting, assembly.warm_up)
+        await reach(self._connection)
         topics = await ensure_topics(
             self._connection, specs_of(stream), create=stream.topics.create, replication=stream.topics.replication
         )

@@ -285,6 +285,21 @@ def test_what_was_cut_is_not_sent_back_and_says_so(place: Place) -> None:
     place.records(place.source, 0)
 
 
+def test_what_is_cut_fills_the_topics_limit_and_is_taken(place: Place) -> None:
+    """As a worker sends it: the producer's limit and the letters' are the topic's own."""
+    largest = 1_048_588  # Kafka's default
+    chunk = Chunk.of_records(place.source, 3, [Record(b"k", b"v" * 3_000_000, 0)], next_offset=1)
+
+    async def sent() -> None:
+        options = {**place.connection.aiokafka(), "enable_idempotence": True, "max_request_size": largest}
+        async with AIOKafkaProducer(**options) as producer:
+            await DeadLetters(producer, place.dead, "w-1", largest=largest).send(chunk, POISON[:1])
+
+    asyncio.run(asyncio.wait_for(sent(), TIMEOUT_S))
+    (record,) = place.records(place.dead, 1)
+    assert largest - 1_000 < len(record.value) < largest
+
+
 def test_an_offset_that_was_not_set_aside(place: Place) -> None:
     place.send()
     assert place.text("replay --partition 3 --offset 99") == (1, "nothing sent\n")

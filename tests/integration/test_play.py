@@ -226,3 +226,22 @@ def test_what_cannot_be_played_is_said_before_anything_is_sent(tmp_path: Path) -
     avro = settings_for("127.0.0.1:9", "x", path, format="avro")
     with pytest.raises(PlayError, match=r"stream\.format is avro: events are played as JSON only"):
         asyncio.run(play(avro, []))
+
+
+def test_the_command_says_what_it_sent(kafka_bootstrap: str, topic: str, tmp_path: Path, coldstream) -> None:
+    path, _ = source(tmp_path)
+    there = f"--data {path} --set kafka.bootstrap={kafka_bootstrap} --set stream.topic={topic}"
+    first = coldstream(f"play {there} --limit 50 --json")
+    assert (first.code, first.err) == (0, "")
+    told = json.loads(first.out)
+    assert (told["topic"], told["events"], told["users"]) == (topic, 50, 2)
+    assert sum(part["next"] - part["first"] for part in told["partitions"].values()) == 50
+
+    second = coldstream(f"play {there} --all --rate 100000")
+    assert second.out.startswith(f"600 events of 20 users in {topic}, 3 partitions, in ")
+    assert sum(map(len, contents(kafka_bootstrap, topic).values())) == 650
+
+    refused = coldstream(f"play {there} --set kafka.bootstrap=127.0.0.1:9")
+    assert refused.code == 2
+    assert refused.err.startswith("error: no broker answers: 127.0.0.1:9")
+    assert refused.err.count("\n") == 1

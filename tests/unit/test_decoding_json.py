@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -249,14 +250,36 @@ def test_arrays_of_any_kind_are_decoded(decoder):
 def test_no_event_waits_for_a_compiler(schema):
     decoder = JsonDecoder(EventSchema.model_validate(schema))
     functions = (flat_events._read, span_index._encode, span_index._join, json_record.outline, id_hash._hash_all)
-    before = [len(function.signatures) for function in functions]
+    assert [len(function.signatures) for function in functions] == [1] * 5
     chunk = chunk_of([GOOD, record(id="x", y=[1]), b"{", None, GOOD])
     writable = replace(chunk)
     for array in (writable.data, writable.value_start):
         array.flags.writeable = array.base is None
     for one in (chunk, writable, chunk.part(1, 3)):
         decoder.decode(one)
-    assert [len(function.signatures) for function in functions] == before
+    assert [len(function.signatures) for function in functions] == [1] * 5
+
+
+def test_compiled_code_takes_just_what_is_utf_8():
+    """Every first byte, then bytes at the edges of what may follow."""
+    follow = (0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xFF)
+    texts = [
+        bytes([lead, *rest]) for lead in range(0x80, 0x100) for n in range(4) for rest in product(follow, repeat=n)
+    ]
+    texts += [bytes([control]) for control in range(0x20)]
+    values = [GOOD.replace(b"}", b',"x":"%s"}' % text) for text in texts]
+    chunk = chunk_of(values)
+    columns = flat_events.FlatReader(EventSchema()).read(chunk.data, chunk.value_start, chunk.value_length)
+    assert columns.accepted.tolist() == [is_strict_json(value) for value in values]
+    assert 1_000 < columns.accepted.sum() < len(values) / 2
+
+
+def is_strict_json(value: bytes) -> bool:
+    try:
+        json.loads(value.decode())
+    except ValueError:
+        return False
+    return True
 
 
 def test_distinct_contents_in_order_of_appearance_whatever_the_size():

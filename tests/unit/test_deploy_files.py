@@ -209,7 +209,8 @@ def test_the_live_view_reads_what_workers_tell() -> None:
     assert (view.applied, view.handled, view.lag) == (1200, 1203, 12)
     assert view.line() == (
         "1,200 events applied, 998 a second, lag 12, AUC 0.7500 of 1,190 predictions, "
-        "dead letters 3 (malformed_line 2, not_finite 1); worker-1 ready, partitions 0 2; worker-2 starting, partitions none"
+        "dead letters 3 (malformed_line 2, not_finite 1); "
+        "worker-1 ready, partitions 0 2; worker-2 starting, partitions none"
     )
     assert [list(column.cells) for column in view.table().columns][:4] == [
         ["worker-1", "worker-2"], ["ready", "starting"], ["0 2", "none"], ["1,200", "0"]

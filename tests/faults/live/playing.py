@@ -120,22 +120,29 @@ class Player:
             self._error = error
 
     async def _play(self) -> None:
-        began, waiting = time.monotonic(), set[asyncio.Task[None]]()
+        began, waiting, behind = time.monotonic(), set[asyncio.Future[Any]](), 0
         async with producer(self.bootstrap, request_timeout_ms=20_000) as client:
             while not self._stop.is_set():
-                due = int((time.monotonic() - began) * self.rate) - self.sent
-                for one in islice(self.records, due):
-                    self.sent += 1
-                    task = asyncio.create_task(self._send(client, one))
-                    waiting.add(task)
-                    task.add_done_callback(waiting.discard)
+                due = int((time.monotonic() - began) * self.rate) - self.sent - behind
+                for one in islice(self.records, min(due, PIECE)):
+                    await self._send(client, one, waiting)
+                behind += max(due - PIECE, 0)  # the brokers were away: what was due then is not made up for
                 await asyncio.sleep(TICK_S)
-            await asyncio.gather(*waiting)
+            await asyncio.gather(*waiting, return_exceptions=True)
 
-    async def _send(self, client: AIOKafkaProducer, one: Sent) -> None:
+    async def _send(self, client: AIOKafkaProducer, one: Sent, waiting: set[asyncio.Future[Any]]) -> None:
+        self.sent += 1
         try:
-            await client.send_and_wait(self.topic, value=one.value, key=one.key, headers=list(one.headers))
+            sending = await client.send(self.topic, value=one.value, key=one.key, headers=list(one.headers))
         except KafkaError as error:
+            self.given_up[type(error).__name__] += 1
+            return
+        waiting.add(sending)
+        sending.add_done_callback(waiting.discard)
+        sending.add_done_callback(self._heard)
+
+    def _heard(self, sending: asyncio.Future[Any]) -> None:
+        if not sending.cancelled() and (error := sending.exception()) is not None:
             self.given_up[type(error).__name__] += 1
 
 

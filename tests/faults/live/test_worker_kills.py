@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import time
 from collections import Counter
 
@@ -16,8 +18,10 @@ KILLS, KILLS_SOAK = 20, 500
 RATE = 1_500
 USERS = 400
 ANY_TIME = "any time"
-PATIENCE_S = 25.0
-"""A worker that has not come to its point after so long is killed where it is"""
+START_S = 60.0
+PATIENCE_S = 8.0
+"""A worker that has not come to its point so long after it began to answer is killed where it is"""
+ANY_TIME_S = 8.0
 SETTLED_S = 90.0
 LETTERS = {"before letters are sent", "after letters are sent"}
 """Points that a stream without poison never comes to"""
@@ -32,19 +36,22 @@ class Victims:
         self._workers = workers
         self._point: dict[str, str] = {}
         self._until: dict[str, float] = {}
+        """When whoever has not died by then is killed"""
         for worker in workers:
             self._start(worker)
 
     def look(self) -> None:
         """Kills whoever is due, and starts anew whoever has died."""
         for worker in self._workers:
-            point = self._point[worker.name]
-            if worker.running and time.monotonic() > self._until[worker.name]:
+            name, now = worker.name, time.monotonic()
+            if worker.running and self._until[name] == math.inf and worker.probe() is not None:
+                self._until[name] = now + (float(self._rng.uniform(0, ANY_TIME_S)) if self._any(name) else PATIENCE_S)
+            if worker.running and now > self._until[name]:
                 worker.kill()
-                point = ANY_TIME
+                self._point[name] = ANY_TIME
             if not worker.running:
-                assert worker.status == -9, f"{worker.name} ended by itself, with {worker.status}, armed: {point}"
-                self.died[point] += 1
+                assert worker.status == -signal.SIGKILL, f"{name} ended by itself, with {worker.status}"
+                self.died[self._point[name]] += 1
                 self._start(worker)
 
     def spare(self) -> None:
@@ -53,16 +60,18 @@ class Victims:
             worker.kill()
             worker.start()
 
+    def _any(self, name: str) -> bool:
+        return self._point[name] == ANY_TIME
+
     def _start(self, worker: WorkerProcess) -> None:
         points = [ANY_TIME, *(POINTS.keys() - LETTERS)]
-        point = min(points, key=lambda name: (self.died[name] + (name in self._point.values()), self._rng.random()))
-        self._point[worker.name] = point
+        under_way = Counter(self._point[other.name] for other in self._workers if other.name in self._point)
+        point = min(points, key=lambda name: (self.died[name] + under_way[name], self._rng.random()))
+        self._point[worker.name], self._until[worker.name] = point, math.inf
         if point == ANY_TIME:
             worker.start()
-            self._until[worker.name] = time.monotonic() + float(self._rng.uniform(1.0, 10.0))
         else:
             worker.start(point, int(self._rng.integers(1, POINTS[point][-1] + 1)))
-            self._until[worker.name] = time.monotonic() + PATIENCE_S
 
 
 def test_what_killed_workers_leave_is_what_one_pass_leaves(tmp_path, kafka_bootstrap, judge_all, soak, seed, report):
@@ -72,7 +81,7 @@ def test_what_killed_workers_leave_is_what_one_pass_leaves(tmp_path, kafka_boots
         with crew(*workers):
             with Player(stage.bootstrap, stage.topic, clicks(seed, USERS), RATE) as player:
                 victims = Victims(workers, seed)
-                wait_until(lambda: victims.look() or victims.died.total() >= kills, kills * PATIENCE_S, "kills")
+                wait_until(lambda: victims.look() or victims.died.total() >= kills, kills * START_S, "kills")
                 victims.spare()
             until = ends(stage.bootstrap, stage.topic)
             took = until_settled(workers, until, SETTLED_S)

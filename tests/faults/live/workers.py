@@ -159,12 +159,14 @@ def owners(workers: tuple[WorkerProcess, ...], partitions: int) -> dict[int, Wor
     return owner if len(owner) == len(held) == partitions else None
 
 
-def until_owned(workers: tuple[WorkerProcess, ...], partitions: int, deadline_s: float) -> float:
-    """Waits until each partition runs at exactly one worker; returns the seconds."""
+def until_owned(workers: tuple[WorkerProcess, ...], partitions: int, deadline_s: float, *, members: int = 1) -> float:
+    """Waits until each partition runs at exactly one worker, and ``members`` of them have some; returns the seconds."""
 
     def owned() -> bool:
-        told = [told["state"] for worker in workers if worker.running for told in worker.partitions().values()]
-        return told == ["running"] * partitions and owners(workers, partitions) is not None
+        held = [worker.partitions() for worker in workers if worker.running]
+        numbers = sorted(number for partitions in held for number in partitions)
+        running = all(told["state"] == "running" for partitions in held for told in partitions.values())
+        return running and numbers == list(range(partitions)) and sum(map(bool, held)) == members
 
     return wait_until(owned, deadline_s, lambda: _told(workers))
 

@@ -50,7 +50,7 @@ class Buckets:
             return float("nan")
         wanted, low, below = share * self.counts[-1], 0.0, 0.0
         for bound, count in zip(self.bounds, self.counts, strict=True):
-            if count >= wanted:
+            if count >= wanted and count > below:
                 return bound if bound == float("inf") else low + (bound - low) * (wanted - below) / (count - below)
             low, below = bound, count
         return float("inf")

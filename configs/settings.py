@@ -231,7 +231,7 @@ class StateSettings(Section):
     """Where and how users' rows are kept. The memory is that of all partitions of a process together."""
 
     directory: Path | None = None
-    commit_events: PositiveInt = 16384
+    commit_events: PositiveInt = 65536
     ring: int = Field(default=32, ge=0, le=1024)
     """How many of a user's latest events its row keeps."""
     sync: SyncSettings = SyncSettings()
@@ -348,7 +348,7 @@ class WorkerSettings(Section):
     """Static membership: a name that outlives restarts, and no other worker has; a restart then moves no partition"""
     standby: bool = False
     """Keep copies of the partitions of others, so that taking one over is quick"""
-    fetch_kb: PositiveInt = 2048
+    fetch_kb: PositiveInt = 8192
     """Of a partition, at once"""
     commit_ms: PositiveInt = 1000
     """How often the group's offsets are committed; they only say how far the changelog is"""

@@ -27,7 +27,7 @@ from state import codec
 from state.changelog import Record
 from state.codec import Progress
 from state.exceptions import StoreDamaged
-from state.keys import LAYOUT_KEY, OUTBOX, OWNER_KEY, PROGRESS_KEY, STANDING_KEY, user_key
+from state.keys import LAYOUT_KEY, OUTBOX, OWNER_KEY, PROGRESS_KEY, STANDING_KEY, USER
 from state.outbox_codec import Entry, Owner, Standing, encode_entry
 from state.store import UserStore
 
@@ -92,14 +92,22 @@ class Publication:
     """The last commit's"""
 
 
-def records(publication: Publication, layout: RowLayout, session: bytes) -> Iterator[Record]:
-    """A publication's records for the changelog, in order; its payloads go elsewhere in the same transaction."""
-    for user, value in publication.rows.items():
-        yield Record(user_key(user), value)
-    yield Record(LAYOUT_KEY, layout.fingerprint.encode())
-    yield Record(OWNER_KEY, Owner(session, publication.sequence).encode())
+def columns(publication: Publication, layout: RowLayout, session: bytes) -> tuple[list[bytes], list[bytes | None]]:
+    """(keys, values) of a publication's records for the changelog, in order. Its payloads go elsewhere, with them."""
+    keys = [USER + user for user in publication.rows]
+    values = list(publication.rows.values())
+    own: list[tuple[bytes, bytes]] = [
+        (LAYOUT_KEY, layout.fingerprint.encode()),
+        (OWNER_KEY, Owner(session, publication.sequence).encode()),
+    ]
     if publication.progress is not None:
-        yield Record(PROGRESS_KEY, publication.progress.encode())
+        own.append((PROGRESS_KEY, publication.progress.encode()))
+    return keys + [key for key, _ in own], values + [value for _, value in own]
+
+
+def records(publication: Publication, layout: RowLayout, session: bytes) -> Iterator[Record]:
+    """The same as records."""
+    return map(Record, *columns(publication, layout, session))
 
 
 def entry_key(sequence: int) -> bytes:

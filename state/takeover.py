@@ -152,11 +152,13 @@ def decide(local: Local, log: Log, *, tombstone_retention_ms: int, now_ms: int) 
         return Rebuild("it was never kept with a changelog")
     if not _usable(local, log.start, log.end):
         return Rebuild(f"it stands at {stands.position} of a changelog that holds {log.start} to {log.end}")
-    own = last is not None and last.owner is not None and last.owner.session == stands.session
-    told = last.owner.sequence if own and last is not None and last.owner is not None else 0
-    untold = [entry for entry in local.entries if entry.sequence > told]
-    if not local.restoring and (last is None or (own and (untold or last.progress == local.progress))):
-        return Resend(tuple(entry.sequence for entry in local.entries if entry.sequence <= told), len(untold))
+    owner = None if last is None else last.owner
+    told = owner.sequence if owner is not None and owner.session == stands.session else None
+    done = tuple(entry.sequence for entry in local.entries if told is not None and entry.sequence <= told)
+    untold = len(local.entries) - len(done)
+    mine = last is None or (told is not None and (untold > 0 or last.progress == local.progress))
+    if mine and not local.restoring:
+        return Resend(done, untold)
     if local.progress is None:
         return Rebuild("it has no rows")
     if last is None or last.offset < local.offset:

@@ -34,6 +34,8 @@ Payload = Callable[[Interactions, Adapted], bytes]
 """(N events of one commit, what was said of them) -> what is to be told of them along with their users' rows"""
 
 DAY_MS = 86_400_000
+COMMIT_USERS = 16_384
+"""Users of one commit: writing their rows holds the interpreter's lock for some 40 ms, and others wait for it"""
 
 
 class Predictions(NamedTuple):
@@ -103,7 +105,7 @@ class Processor:
         self._commit_events = state.commit_events
         self._open_store = open_store
         self._expiry = None if state.expire_after_days is None else Expiry(round(state.expire_after_days * DAY_MS))
-        rows = max((state.hot_rows_mb << 20) // self.layout.row_bytes, state.commit_events)
+        rows = max((state.hot_rows_mb << 20) // self.layout.row_bytes, min(state.commit_events, COMMIT_USERS))
         self._memory = HotMemory(self.layout, rows)
         self._hot: dict[int, HotRows] = {}
         self._sweepers: dict[int, Sweeper] = {}
@@ -249,8 +251,8 @@ class Processor:
         )  # fmt: skip
 
     def _next_part(self, hot: HotRows, records: Interactions, start: int, through: int | None) -> _Part:
-        """The next commit's events: fewer than usual where a user is idle for too long between two of them."""
-        stop, ticks = min(start + self._commit_events, len(records)), None
+        """The next commit's events: fewer where they are of many users, or one is idle for too long between two."""
+        stop, ticks = start + _of_few_users(records.user[start : start + self._commit_events]), None
         if self._expiry is not None:
             events = slice(start, stop)
             ticks = self._ticks(self._expiry, hot, records, events)
@@ -319,6 +321,14 @@ def _part(columns: EventColumns, part: slice, slot: NDArray[np.int32]) -> EventC
         slot, columns.item[part], columns.label[part], columns.grade[part], columns.event_time_ms[part],
         columns.offset[part], columns.item_row, columns.item_hash,
     )  # fmt: skip
+
+
+def _of_few_users(user: NDArray[np.int32]) -> int:
+    """How many of the events, from the first on, are together of COMMIT_USERS users at most; not always all that are."""
+    taken = min(COMMIT_USERS, len(user))
+    while taken < len(user) and np.count_nonzero(np.bincount(user[:taken])) <= COMMIT_USERS // 2:
+        taken = min(2 * taken, len(user))
+    return taken
 
 
 def _until_someone_expires(user: NDArray[np.int32], offset: NDArray[np.int64], idle: NDArray[np.int64]) -> int:

@@ -21,7 +21,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, ProducerFenced
 
 from learner.user_state import RowLayout
-from state.outbox import Outbox, Publication, records
+from state.outbox import Outbox, Publication, columns
 from state.takeover import Marker
 from streams.kafka.prebuilt import send_batch
 from streams.kafka.record_batch import EncodedBatch, encode_batches
@@ -160,8 +160,8 @@ class Publisher:
 
 
 def _changelog(publication: Publication, layout: RowLayout, session: bytes) -> list[EncodedBatch]:
-    told = list(records(publication, layout, session))
-    return encode_batches([r.key for r in told], [r.value for r in told], timestamp_ms=_now_ms())
+    keys, values = columns(publication, layout, session)
+    return encode_batches(keys, values, timestamp_ms=_now_ms())
 
 
 def _predictions(publication: Publication, partition: int) -> list[EncodedBatch]:

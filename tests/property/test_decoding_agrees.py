@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache
 
 import numpy as np
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -160,3 +161,63 @@ def test_most_plain_events_are_accepted() -> None:
     ]  # fmt: skip
     chunk = chunk_of(plain)
     assert flat.read(chunk.data, chunk.value_start, chunk.value_length).accepted.all()
+
+
+SPELT = """
+    0 -0 00 01 -01 1. 1.0 .5 - -.5 +1 1e0 1E+0 1e 1e+ 1e-400 0.1 1.5 2.5 0.5 -0.4 -0.5 -0.6 -1 0.0005 0.00049
+    16777217 0.123456789012345 0.30000000000000004 3.5e38 9007199254740993 999999999999999 12345678901234567.5
+    1.7976931348623157e309 9223372036854775807 9223372036854775808 18446744073709551615 18446744073709551616
+    -9223372036854775808 -9223372036854775809 99999999999999999999 7258118399 7258118400 7258118399.9994
+    7258118399.9995 7258118399999 7258118400000 7258118399999.5 7258118399999999 7258118400000000
+    7258118399999999999 7258118400000000000 0x1 1_0 NaN Infinity -Infinity nul nulll null tru true truee false fals
+    "" "\u20ac" "é" "u" "1" "1.0" "01" "like" "LIKE" "true" "false" "nan" "a/b" "a\\/b" "a\\nb" "\\u00e9"
+    "\\ud83d\\ude00" "\\ud83d" "\x7f" "-0" [] {} [1] "2024-02-29T00:00:00" "2023-02-29T00:00:00"
+    "2100-02-29T00:00:00" "2000-02-29T00:00:00" "2024-00-01T00:00:00" "2024-13-01T00:00:00" "2024-04-31T00:00:00"
+    "2024-04-00T00:00:00" "2024-04-30T24:00:00" "2024-04-30T23:60:00" "2024-04-30T23:59:60" "2024-04-30T23:59:59Z"
+    "2024-04-30T23:59:59.9" "2024-04-30T23:59:59.999" "1969-12-31T23:59:59Z" "2024-04-30T23:59:59.999999Z"
+    "2024-04-30T23:59:59.99999aZ" "2024-04-30T23:59:59.9a9" "2199-12-31T23:59:59.999999" "2200-01-01T00:00:00"
+    "1970-01-01T00:00:00" "2024/04/30T23:59:59" "2024-04-30T23-59-59" "2024-04-3aT00:00:00"
+"""
+SPELLINGS = [*SPELT.split(), '" "', '""', '"\x85"', '"\xa0"', '"\u2003"', '"\u3000"']
+MALFORMED = (
+    '{"a\\/b":1,"a/b":2,',
+    '{"a/b":1,"a\\/b":2,',
+    "{,",
+    '{"x":1,,',
+    '{"x" 1,',
+    '{"x":,',
+    '{"x":1;',
+    "{x:1,",
+    "{{",
+    "",
+)
+
+
+@pytest.mark.parametrize("schema", range(len(SCHEMAS)))
+def test_every_spelling_in_every_field(schema: int) -> None:
+    _, fast, reference = decoders(schema)
+    plain = {"user_id": '"u"', "item_id": "1", "label": "1", "value": "2", "same": '"s"', "Größe": "0",
+             "event_time_ms": "5", "t": '"2024-04-30T23:59:59Z"' if schema == 5 else "5"}  # fmt: skip
+    records = [{**plain, field: spelling} for spelling in SPELLINGS for field in (*plain, "id", "x")]
+    values = [("{" + ",".join(f'"{k}":{v}' for k, v in record.items()) + "}").encode() for record in records]
+    values += [values[0].replace(b"{", start.encode(), 1) for start in MALFORMED]
+    values += [values[0][:-1] + end for end in (b"", b",}", b"}}", b"} x", b"}\x00", b"]", b"}\n", b',"x":1 }')]
+    assert shown(fast.decode(chunk_of(values))) == shown(reference.decode(chunk_of(values)))
+
+
+def test_decimals_are_rounded_once() -> None:
+    """As a float of 64 bits; others of 16 and 17 digits would differ by the last bit if they were divided out."""
+    rng = np.random.default_rng(0)
+    spellings = [f"0.{number}" for number in rng.integers(10**14, 10**17, 300).tolist()]
+    spellings += [f"{a}.{b}" for a, b in rng.integers(10**6, 10**8, (300, 2)).tolist()]
+    assert sum(float(s.replace(".", "")) / 10.0 ** len(s.split(".")[1]) != float(s) for s in spellings) > 20
+    for spelling in spellings:
+        events = EventSchema.model_validate({"label": {"field": "label", "at_least": float(spelling)}})
+        below = EventSchema.model_validate({"label": {"field": "label", "at_most": float(spelling)}})
+        value = RECORD.replace(b"1,", spelling.encode() + b",").replace(b'_id":' + spelling.encode(), b'_id":1')
+        for rule in (events, below):
+            start, length = np.zeros(1, np.int64), np.array([len(value)])
+            for array in (start, length):
+                array.flags.writeable = False
+            columns = FlatReader(rule).read(np.frombuffer(value, np.uint8), start, length)
+            assert not columns.accepted[0] or columns.label[0] == 1

@@ -10,8 +10,11 @@ import pytest
 from configs.settings import StateSettings
 from learner.interactions import Interactions
 from learner.user_state import RowLayout, new_rows
-from state.exceptions import StoreClosed
+from state.exceptions import ChangelogError, StoreClosed
+from state.keys import STANDING_KEY
 from state.memory_store import MemoryUserStore
+from state.outbox import Outbox, entries
+from state.outbox_codec import SESSION_BYTES, Standing
 from state.store import RocksUserStore, UserStore
 from streams.processor import Counts, Processor
 from tests.models import at, offset_of, random_stream, small_model
@@ -206,3 +209,132 @@ def test_a_user_who_is_only_asked_about_has_no_row():
 
 def assert_same_rows(one: dict[bytes, np.ndarray], other: dict[bytes, np.ndarray]) -> None:
     assert {user: row.tobytes() for user, row in one.items()} == {user: row.tobytes() for user, row in other.items()}
+
+
+# --- beside a changelog
+
+
+def with_log(store: UserStore) -> Processor:
+    """A processor whose commits are told, of a store that is this session's."""
+    session = b"s" * SESSION_BYTES
+    own = {STANDING_KEY: Standing(session, 0, 0).encode()}
+    store.write_batch([], np.zeros((0, store.layout.row_bytes), np.uint8), None, own=own)
+    state = StateSettings(commit_events=64, ring=4)
+    return Processor(small_model(), lambda *_: store, state, log=lambda _, held: Outbox(held, session))
+
+
+def layout() -> RowLayout:
+    model = small_model()
+    return RowLayout.of(model.first, model.second, 4)
+
+
+def test_the_progress_ends_where_the_records_were_read_to():
+    stream, store = random_stream(100, 6), MemoryUserStore(layout())
+    end = int(stream.offset[-1]) + 7
+    work = with_log(store)
+    work.process(0, stream, through=end)
+    assert [len(entry.users) > 0 for entry in entries(store)] == [True, True]
+    assert offset_of(store) == end
+    before = store.progress()
+    work.process(0, stream, through=end)
+    assert store.progress() == before
+
+
+def test_without_any_event_the_progress_moves_alone_and_back_it_never_goes():
+    stream, store = random_stream(10, 3), MemoryUserStore(layout())
+    work, none = with_log(store), stream.take(slice(0, 0))
+    work.process(0, none, through=4)
+    assert (store.progress().offset, store.progress().users, store.progress().events) == (4, 0, 0)
+    work.process(0, none, through=2)
+    assert offset_of(store) == 4
+    assert len(entries(store)) == 1
+    assert list(store.iterate()) == []
+
+
+def test_records_that_go_beyond_what_was_read_are_refused():
+    stream = random_stream(10, 3)
+    with pytest.raises(ValueError, match="the records end at offset"):
+        with_log(MemoryUserStore(layout())).process(0, stream, through=int(stream.offset[-1]) - 1)
+
+
+def test_how_far_the_progress_goes_changes_no_bit_of_rows_or_predictions():
+    stream, ends = random_stream(200, 9), []
+    for gap in (0, 3):
+        store = MemoryUserStore(layout())
+        work = with_log(store)
+        said = [
+            work.process(0, stream.take(part), through=int(stream.offset[part][-1]) + min(gap, room))
+            for part, room in ((slice(0, 70), int(np.diff(stream.offset)[69]) - 1), (slice(70, 200), 9))
+        ]
+        rows = {user: row.tobytes() for user, row in store.iterate()}
+        ends.append((rows, np.concatenate([part.logit for part in said]).tobytes()))
+    assert ends[0] == ends[1]
+
+
+def test_what_is_to_be_told_of_a_commit_is_in_its_entry():
+    stream, store = random_stream(100, 6), MemoryUserStore(layout())
+    found = with_log(store).process(
+        0, stream, payload=lambda events, adapted: events.offset.tobytes() + adapted.logit.tobytes()
+    )
+    parts = (slice(0, 64), slice(64, 100))
+    assert [entry.payload for entry in entries(store)] == [
+        stream.offset[part].tobytes() + found.logit[part].tobytes() for part in parts
+    ]
+    assert [set(entry.users) for entry in entries(store)] == [
+        {stream.user_ids[code].encode() for code in set(stream.user[part].tolist())} for part in parts
+    ]
+
+
+def test_a_payload_that_fails_leaves_nothing_of_its_commit():
+    stream, store = random_stream(100, 6), MemoryUserStore(layout())
+
+    def fails(events, adapted) -> bytes:
+        raise MemoryError
+
+    work = with_log(store)
+    with pytest.raises(MemoryError):
+        work.process(0, stream, payload=fails)
+    assert (entries(store), store.progress()) == ((), None)
+    clean = Kept()
+    processor(clean).process(0, stream)
+    work.process(0, stream)
+    assert [row.tobytes() for _, row in store.iterate()] == [row.tobytes() for _, row in clean.stores[0].iterate()]
+
+
+def test_a_released_partition_is_closed_and_its_rows_leave_the_memory():
+    stream, opened = random_stream(40, 4), Kept()
+    work = processor(opened)
+    work.process(0, stream)
+    work.process(1, stream)
+    opened.stores[0].close = lambda: MemoryUserStore.close(opened.stores[0])
+    work.release(0)
+    with pytest.raises(StoreClosed):
+        opened.stores[0].progress()
+    assert int(work._memory._held.sum()) == len(stream.user_ids)
+    work.release(0)
+    work.release(7)
+    assert work.process(1, stream).applied.any() is np.False_
+
+
+def test_an_adopted_store_is_the_partitions_until_it_is_released(tmp_path):
+    stream, store = random_stream(40, 4), MemoryUserStore(layout())
+    work = processor(Kept())
+    work.adopt(3, store)
+    assert work.store(3) is store
+    with pytest.raises(ValueError, match="partition 3 has a store already: release it first"):
+        work.adopt(3, MemoryUserStore(layout()))
+    work.process(3, stream)
+    work.release(3)
+    with pytest.raises(StoreClosed):
+        store.progress()
+    work.adopt(3, MemoryUserStore(layout()))
+    assert work.process(3, stream).applied.all()
+
+
+def test_a_workers_store_is_refused_by_a_run_that_tells_no_changelog(tmp_path):
+    with RocksUserStore(tmp_path / "s", layout()) as store:
+        with_log(store)
+    work = Processor(small_model(), lambda _, wanted: RocksUserStore(tmp_path / "s", wanted), StateSettings(ring=4))
+    for _ in range(2):  # closed again: the second is not refused for a lock
+        with pytest.raises(ChangelogError, match=r"the store is a worker's, .* give another state directory"):
+            work.process(0, random_stream(10, 3))

@@ -135,6 +135,7 @@ def _events(settings: Settings, records: list[Any], verdict: Verdict) -> list[tu
             verdict.poison += 1
             continue
         value = json.loads(record.value)
+        value |= {field: str(value[field]) for field in ("user_id", "item_id")}
         name = None if rule is None else value.get(rule.field)
         again = name is not None and record.offset - seen.get(name, -window - 1) <= window
         if name is not None:

@@ -2,8 +2,9 @@
 
     python -m benchmarks.live_profile --out profile.json --config FILE --model DIR --state DIR [--set KEY=VALUE]
 
-runs until SIGTERM, as ``coldstream worker`` does. Profiling itself makes short functions look dearer than they are;
-what compiled code takes stands with the Python function that calls it.
+runs until SIGTERM, as ``coldstream worker`` does, and writes what was taken between the first SIGUSR1 and the second:
+neither start nor end are in it. Profiling itself makes short functions look dearer than they are; what compiled code
+takes stands with the Python function that calls it.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import argparse
 import cProfile
 import importlib
 import json
-import pstats
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +25,12 @@ from streams.commands.worker import worker
 
 LOOP = "loop"
 """The main thread"""
+MARK = signal.SIGUSR1
+WRITTEN_S = 5.0
+"""An end without a second mark leaves no file"""
+
+Seconds = Mapping[tuple[str, str], float]
+"""(thread, function) -> CPU seconds so far"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +39,12 @@ class Cost:
 
     thread: str
     where: str
-    """file:line(function)"""
+    """``file.py:17 function``; of what is not written in Python, its name alone"""
     cpu_s: float
 
 
 class ThreadProfiles:
-    """Profiles every thread that begins from now on, and this one. Threads that have ended keep their figures."""
+    """Profiles this thread and every one that begins until ``end``. Threads that have ended keep their figures."""
 
     def __init__(self) -> None:
         self._profiles: list[tuple[str, cProfile.Profile]] = []
@@ -50,18 +57,25 @@ class ThreadProfiles:
         self._profiles.append((thread, profile))
         profile.enable()
 
-    def costs(self) -> list[Cost]:
-        """The dearest first. Ends the profile of this thread."""
+    def seconds(self) -> Seconds:
+        """So far, of calls that have ended. From any thread."""
+        found: dict[tuple[str, str], float] = {}
+        for thread, profile in list(self._profiles):
+            for entry in profile.getstats():
+                key = thread, _where(entry.code)
+                found[key] = found.get(key, 0.0) + entry.inlinetime
+        return found
+
+    def end(self) -> None:
+        """Stops for this thread and for those to come."""
         threading.setprofile(None)
         sys.setprofile(None)
-        found = [cost for thread, profile in self._profiles for cost in _costs(thread, profile)]
-        return sorted(found, key=lambda cost: -cost.cpu_s)
 
 
-def _costs(thread: str, profile: cProfile.Profile) -> Iterator[Cost]:
-    profile.create_stats()
-    for (file, line, function), (_, _, own_s, _, _) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]  # its only way to the figures
-        yield Cost(thread, f"{'/'.join(Path(file).parts[-2:])}:{line}({function})", own_s)
+def costs_between(before: Seconds, after: Seconds) -> list[Cost]:
+    """The dearest first."""
+    found = [Cost(*key, cpu_s - before.get(key, 0.0)) for key, cpu_s in after.items()]
+    return sorted(found, key=lambda cost: -cost.cpu_s)
 
 
 def read(path: Path) -> list[Cost]:
@@ -69,19 +83,35 @@ def read(path: Path) -> list[Cost]:
     return [Cost(**cost) for cost in json.loads(path.read_text(encoding="utf-8"))]
 
 
+def _where(code: object) -> str:
+    name, file, line = (getattr(code, f"co_{part}", "") for part in ("name", "filename", "firstlineno"))
+    return f"{Path(file).name}:{line} {name}" if name else str(code).strip("<>")
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="A worker under a profiler")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file that is written at the end")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file that is written at the second SIGUSR1")
     parser.add_argument("--config", required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE")
     options = parser.parse_args()
-    importlib.import_module("streams.live.worker")  # what the command would load later is no part of the profile
+    importlib.import_module("streams.live.worker")  # the command loads it later, which would be profiled as well
+    signal.pthread_sigmask(signal.SIG_BLOCK, {MARK})  # for all threads: one waits for it
+
+    def write_between_marks() -> None:
+        signal.sigwait({MARK})
+        before = profiles.seconds()
+        signal.sigwait({MARK})
+        costs = costs_between(before, profiles.seconds())
+        options.out.write_text(json.dumps([asdict(cost) for cost in costs]), encoding="utf-8")
+
+    writing = threading.Thread(target=write_between_marks, daemon=True)
+    writing.start()
     profiles = ThreadProfiles()
     worker(options.model, options.config, options.set, options.state)
-    options.out.write_text(json.dumps([asdict(cost) for cost in profiles.costs()]), encoding="utf-8")
+    writing.join(WRITTEN_S)
 
 
 if __name__ == "__main__":

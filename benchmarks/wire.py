@@ -39,6 +39,8 @@ EVENT_BYTES = 120
 FETCH_EVENTS = 7_000
 """Some 1 MB, ``max_partition_fetch_bytes``"""
 BATCH_BYTES = 16_384
+PATIENCE_S = 60.0
+"""For one reading of all events"""
 ROW_BYTES = 928
 ROWS = 16_000
 LIVE_EVENTS = 200_000
@@ -150,6 +152,11 @@ def changelog(rows: int) -> tuple[list[bytes], list[bytes]]:
     return [b"%07d" % k for k in range(rows)], [rng.bytes(ROW_BYTES) for _ in range(rows)]
 
 
+def now_ms() -> int:
+    """Of what goes to a broker: it deletes what seems old, even while it is read."""
+    return time.time_ns() // 1_000_000
+
+
 def _seconds(work: Callable[[], Any]) -> float:
     start = time.process_time()
     work()
@@ -181,7 +188,7 @@ async def _through_broker(bootstrap: str, events_sent: int, rows: int) -> tuple[
 async def _send_events(bootstrap: str, topic: str, count: int) -> None:
     keys, values = Spans.of([b"%07d" % k for k in range(count)]), Spans.of(events(count))
     async with AIOKafkaProducer(bootstrap_servers=bootstrap) as producer:
-        batches = encode_spans(keys, values, np.zeros(count, np.int64), max_bytes=BATCH_BYTES)
+        batches = encode_spans(keys, values, np.full(count, now_ms()), max_bytes=BATCH_BYTES)
         for future in [await send_batch(producer, batch, topic, 0) for batch in batches]:
             await future
 
@@ -195,8 +202,10 @@ async def _fetching(bootstrap: str, topic: str, chunks: bool, count: int) -> flo
         tp = TopicPartition(topic, 0)
         consumer.assign([tp])
         consumer.seek(tp, 0)
+        deadline = time.monotonic() + PATIENCE_S
         start, seen = time.process_time(), 0
         while seen < count:
+            assert time.monotonic() < deadline, f"{seen} of {count} events came in {PATIENCE_S} s"
             for found in (await consumer.getmany(tp, timeout_ms=1_000)).values():
                 seen += sum(len(c) for c in found) if isinstance(found[0], Chunk) else len(found)
         return time.process_time() - start
@@ -210,7 +219,7 @@ async def _sending(bootstrap: str, topic: str, rows: int) -> float:
     async with AIOKafkaProducer(bootstrap_servers=bootstrap) as producer:
         for _ in range(REPEATS):
             start = time.process_time()
-            batches = encode_batches(keys, values, timestamp_ms=0)
+            batches = encode_batches(keys, values, timestamp_ms=now_ms())
             for future in [await send_batch(producer, batch, topic, 1) for batch in batches]:
                 await future
             best = min(best, time.process_time() - start)

@@ -34,8 +34,8 @@ Payload = Callable[[Interactions, Adapted], bytes]
 """(N events of one commit, what was said of them) -> what is to be told of them along with their users' rows"""
 
 DAY_MS = 86_400_000
-COMMIT_USERS = 16_384
-"""Users of one commit: writing their rows holds the interpreter's lock for some 40 ms, and others wait for it"""
+COMMIT_USERS = 8_192
+"""Users of one commit: writing their rows holds the interpreter's lock for some 20 ms, and others wait for it"""
 
 
 class Predictions(NamedTuple):

@@ -17,7 +17,7 @@ from streams.transport import SCHEME, BatchConsumer, Delivery, RawBatch, Source,
 Take = Callable[[TP, Delivery], Awaitable[None]]
 """Takes what came of a partition. It catches what it can mend; anything else ends the worker."""
 
-BUFFERED_DELIVERIES = 8
+BUFFERED_DELIVERIES = 4
 """An entry is a whole poll of a partition, up to ``worker.fetch_kb``"""
 REBALANCE_S = 30.0
 """How long the group waits for members that let their partitions go"""

@@ -29,8 +29,8 @@ from streams.live.metrics import Stage
 from streams.live.predictions import unpack
 from streams.live.watch import Watch
 
-TAKEN_BYTES = 16 << 20
-"""Rows of one transaction: 18,000 at d = 16; a larger one is no faster, and stays in memory until it is acknowledged"""
+TAKEN_BYTES = 8 << 20
+"""Rows of one transaction: 9,000 at d = 16; they stay in memory until they are acknowledged"""
 RETRY_S = 1.0
 """Between two tries of a transaction that the brokers could not take"""
 

@@ -106,6 +106,7 @@ RECORD = b'{"user_id":"u","item_id":1,"label":1,"event_time_ms":1}'
 @example([RECORD.replace(b"}", b',"x":' + b"9" * 5000 + b"}"), RECORD], 0)
 @example([b'{"user_id":"a\\nb","item_id":"\\u00e9","label":1,"event_time_ms":1}', RECORD], 0)
 @example([RECORD + b" " * (1 << 20), RECORD], 0)
+@example([RECORD.replace(b"}", b',"x":NaN,"age":3}')], 6)
 def test_all_at_once_and_one_by_one(chunk: list[bytes | None], schema: int) -> None:
     _, fast, reference = decoders(schema)
     assert shown(fast.decode(chunk_of(chunk))) == shown(reference.decode(chunk_of(chunk)))
@@ -172,7 +173,8 @@ SPELT = """
     7258118399999999999 7258118400000000000 0x1 1_0 NaN Infinity -Infinity nul nulll null tru true truee false fals
     "" "\u20ac" "é" "u" "1" "1.0" "01" "like" "LIKE" "true" "false" "nan" "a/b" "a\\/b" "a\\nb" "\\u00e9"
     "\\ud83d\\ude00" "\\ud83d" "\x7f" "-0" [] {} [1] "2024-02-29T00:00:00" "2023-02-29T00:00:00"
-    "2100-02-29T00:00:00" "2000-02-29T00:00:00" "2024-00-01T00:00:00" "2024-13-01T00:00:00" "2024-04-31T00:00:00"
+    "2100-02-29T00:00:00" "2000-02-29T00:00:00" "2000-03-01T00:00:00"
+    "2024-00-01T00:00:00" "2024-13-01T00:00:00" "2024-04-31T00:00:00"
     "2024-04-00T00:00:00" "2024-04-30T24:00:00" "2024-04-30T23:60:00" "2024-04-30T23:59:60" "2024-04-30T23:59:59Z"
     "2024-04-30T23:59:59.9" "2024-04-30T23:59:59.999" "1969-12-31T23:59:59Z" "2024-04-30T23:59:59.999999Z"
     "2024-04-30T23:59:59.99999aZ" "2024-04-30T23:59:59.9a9" "2199-12-31T23:59:59.999999" "2200-01-01T00:00:00"

@@ -122,6 +122,13 @@ class Disk(MemoryUserStore):
         return other
 
 
+class SeldomSwept(Processor):
+    """Sweeps only when it is told to, so that workers differ in whom they still have."""
+
+    def sweep(self, partition: int, rows: int = 0) -> int:
+        return super().sweep(partition, rows) if rows else 0
+
+
 class Stream:
     """What is to be learned, and what one clean pass makes of it."""
 
@@ -129,15 +136,18 @@ class Stream:
         self.events, self.days = events, days
         self.step = max(len(events) // 6, 2)
         self.through = int(events.offset[-1]) + 3
-        with self.processor(MemoryUserStore(LAYOUT), 64, None) as work:
+        with self.processor(Processor, MemoryUserStore(LAYOUT), 64, None) as work:
             said = work.process(0, events, through=self.through)
             self.logits = said.logit
             self.progress = work.store(0).progress()
             self.rows = held(work.store(0))
+            assert (work.counts.users_swept > 30) == (days is not None)
 
-    def processor(self, store: MemoryUserStore, commit_events: int, outbox: Outbox | None) -> Processor:
+    def processor(
+        self, made: type[Processor], store: MemoryUserStore, commit_events: int, outbox: Outbox | None
+    ) -> Processor:
         state = StateSettings(commit_events=commit_events, ring=2, expire_after_days=self.days, hot_rows_mb=1)
-        work = Processor(MODEL, lambda *_: store, state, log=None if outbox is None else lambda *_: outbox)
+        work = made(MODEL, lambda *_: store, state, log=None if outbox is None else lambda *_: outbox)
         work.adopt(0, store)
         return work
 
@@ -154,7 +164,7 @@ class Stream:
 def stream(expiring: bool) -> Stream:
     if not expiring:
         return Stream(random_stream(90, 8, seed=5), None)
-    crowd = made(7, [(900, AFTER_MS // 300, 0), (700, AFTER_MS // 300, AFTER_MS)], 0.0, False, True)
+    crowd = made(7, [(4000, AFTER_MS // 600, 0)], 0.0, False, True)
     return Stream(crowd.interactions(11), AFTER_MS / DAY_MS)
 
 
@@ -178,7 +188,7 @@ class Worker:
 
     def __init__(self, broker: Broker, source: Stream) -> None:
         self.broker, self.source = broker, source
-        self.disk = Disk(LAYOUT)
+        self.disk = self.earlier = Disk(LAYOUT)
         self.kill()
 
     def kill(self) -> None:
@@ -205,12 +215,12 @@ class Worker:
         bring_together(self.disk, plan, read, log, session=session, now_ms=now, chunk_records=3)
         return plan
 
-    def take_over(self, commit_events: int, dies_after: int | None = None) -> Plan:
+    def take_over(self, commit_events: int, dies_after: int | None = None, made: type[Processor] = SeldomSwept) -> Plan:
         self.kill()
         self.epoch, self.session = self.broker.fence(), secrets.token_bytes(SESSION_BYTES)
         plan = self.joined(self.session, dies_after)
         self.outbox = Outbox(self.disk, self.session)
-        self.work = self.source.processor(self.disk, commit_events, self.outbox)
+        self.work = self.source.processor(made, self.disk, commit_events, self.outbox)
         return plan
 
     def process(self, count: int) -> bool:
@@ -266,7 +276,11 @@ class Partition:
     def take_over(self, machine: Worker) -> None:
         """Its own partition after a kill, or that of another who may not know it yet."""
         try:
-            self.plans.append(machine.take_over(1 + self.below(40), self.dies_after()))
+            self.plans.append(
+                machine.take_over(
+                    1 + self.below(self.source.step), self.dies_after(), (Processor, SeldomSwept)[self.below(2)]
+                )
+            )
         except (Killed, StoreWriteFailed):
             machine.kill()
 
@@ -295,9 +309,13 @@ class Partition:
         machine.disk = Disk(LAYOUT)
 
     def put_a_snapshot_back(self, machine: Worker) -> None:
-        """Of any worker's disk: an old copy, or what is left after power loss."""
+        """Of any worker's disk."""
         if self.snapshots:
             machine.disk = self.snapshots[self.below(len(self.snapshots))].copied()
+
+    def lose_power(self, machine: Worker) -> None:
+        """What the disk had at an earlier time is left, maybe of the very session that ends here."""
+        machine.disk = machine.earlier.copied()
 
     # --- a machine with one, the owner or a zombie
 
@@ -343,7 +361,8 @@ class Partition:
         machine.disk.left, machine.disk.durable = self.below(4), bool(self.below(2))
 
     def take_snapshot(self, machine: Worker) -> None:
-        self.snapshots.append(machine.disk.copied())
+        machine.earlier = machine.disk.copied()
+        self.snapshots.append(machine.earlier)
 
     def time_passes(self, _: Worker) -> None:
         self.broker.now_ms += (1, 400, 1100)[self.below(3)]
@@ -359,13 +378,19 @@ class Partition:
         choices[self.below(len(choices))](self, machine)
 
 
-IDLE = {Partition.take_over: 12, Partition.follow: 12, Partition.wipe: 1, Partition.put_a_snapshot_back: 3}
+IDLE = {
+    Partition.take_over: 12,
+    Partition.follow: 12,
+    Partition.wipe: 1,
+    Partition.put_a_snapshot_back: 2,
+    Partition.lose_power: 4,
+}
 RUNNING = {
     Partition.process: 16, Partition.publish: 10, Partition.publish_and_die: 3, Partition.sweep: 2, Partition.kill: 3,
     Partition.close_cleanly: 2,
 }  # fmt: skip
 ANY = {
-    Partition.a_later_write_fails: 1, Partition.take_snapshot: 2, Partition.time_passes: 2, Partition.compact: 2,
+    Partition.a_later_write_fails: 1, Partition.take_snapshot: 4, Partition.time_passes: 2, Partition.compact: 2,
 }  # fmt: skip
 """What may happen, and how often beside the others"""
 

@@ -16,8 +16,9 @@ from learner.user_state import RowLayout
 from state.changelog import Record, Restored, committed, restore, tombstone
 from state.codec import UNKNOWN, Progress, encode
 from state.exceptions import ChangelogError, RowDamaged, StoreUnfinished
-from state.keys import LAYOUT_KEY, PROGRESS_KEY, user_key
+from state.keys import LAYOUT_KEY, OWNER_KEY, PROGRESS_KEY, user_key
 from state.memory_store import MemoryUserStore
+from state.outbox_codec import SESSION_BYTES, Owner
 from state.store import RocksUserStore
 
 LAYOUT = RowLayout("gradient", 2, 0, 0)
@@ -208,6 +209,8 @@ assert OTHER_LAYOUT.row_bytes == LAYOUT.row_bytes
             ChangelogError,
             "record 3 .*, key 'mprogress', .* no tombstone may stand",
         ),
+        (Record(OWNER_KEY, None), ChangelogError, "record 3 .*, key 'mowner', .* no tombstone may stand"),
+        (Record(OWNER_KEY, b"me"), ChangelogError, "record 3 .*, key 'mowner', .* the owner has 2 bytes"),
         (
             Record(LAYOUT_KEY, OTHER_LAYOUT.fingerprint.encode()),
             ChangelogError,
@@ -225,6 +228,13 @@ def test_a_record_that_cannot_be_used_is_named_and_the_store_is_not_taken_for_re
     assert store.restoring()
     assert store.progress() is None
     run(store, GOOD)
+    assert held(store) == {b"a": (1, 0), b"b": (1, 1)}
+
+
+def test_who_wrote_a_marker_changes_nothing_of_what_is_restored(store):
+    owner = Record(OWNER_KEY, Owner(bytes(SESSION_BYTES), 3).encode())
+    done = run(store, [*GOOD[:3], owner, *GOOD[3:]])
+    assert (done.records, done.progress.offset) == (5, Progress.decode(GOOD[3].value).offset)
     assert held(store) == {b"a": (1, 0), b"b": (1, 1)}
 
 

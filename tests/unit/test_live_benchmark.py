@@ -15,7 +15,7 @@ import pytest
 from benchmarks.live_ages import ages
 from benchmarks.live_events import Events, generated, records
 from benchmarks.live_peers import Tally
-from benchmarks.live_profile import ThreadProfiles
+from benchmarks.live_profile import Cost, ThreadProfiles, costs_between
 from benchmarks.live_scrape import Buckets, Look, Scrape, Usage, listener_of, stretch, usage
 from configs.settings import EventSchema, LabelRule, TimeRule
 from streams.kafka.batch_writing import Spans
@@ -201,10 +201,24 @@ def test_each_threads_functions_have_their_own_cpu_time():
             sum(range(10_000))
 
     profiles = ThreadProfiles()
+    before = profiles.seconds()
     thread = Thread(target=busy, name="worker bee")
     thread.start()
     thread.join()
-    costs = {cost.where.rpartition("(")[2]: cost for cost in profiles.costs() if cost.thread == "worker bee"}
+    profiles.end()
+    costs = costs_between(before, profiles.seconds())
 
-    assert costs["busy)"].where.startswith("unit/test_live_benchmark.py:")
-    assert costs["<built-in method builtins.sum>)"].cpu_s > costs["busy)"].cpu_s
+    dearest = costs[0]
+    assert (dearest.thread, dearest.where) == ("worker bee", "built-in method builtins.sum")
+    assert dearest.cpu_s > 0
+    line = busy.__code__.co_firstlineno
+    assert f"test_live_benchmark.py:{line} busy" in {cost.where for cost in costs if cost.thread == "worker bee"}
+
+
+def test_costs_are_those_between_two_moments():
+    before, after = (
+        {("loop", "a"): 1.0, ("loop", "b"): 1.0},
+        {("loop", "a"): 1.5, ("loop", "b"): 1.0, ("adapt", "a"): 2.0},
+    )
+
+    assert costs_between(before, after) == [Cost("adapt", "a", 2.0), Cost("loop", "a", 0.5), Cost("loop", "b", 0.0)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ USERS = 300
 OWNED_S, SETTLED_S = 60.0, 180.0
 OUTAGE_S = 60.0
 IN_A_ROW = 5
+SIGNALS = ("TERM", "KILL")
 
 Workers = tuple[WorkerProcess, ...]
 
@@ -41,22 +43,28 @@ def playing(directory: Path, seed: int, *, brokers: int = 1) -> Iterator[tuple[C
             yield cluster, stage, workers, player
 
 
-@pytest.mark.parametrize("signal", ["TERM", "KILL"])
-def test_brokers_that_end_once_and_five_times_cost_nothing(tmp_path, judge_all, soak, seed, report, signal):
-    """In the long campaign there are three brokers, of which one after the other ends."""
+def test_brokers_that_end_once_and_five_times_cost_nothing(tmp_path, judge_all, soak, seed, report):
+    """SIGTERM and SIGKILL once each, then five times in a row: in turns, or in the long campaign five times each.
+
+    There are three brokers in the long campaign, of which one after the other ends.
+    """
     with playing(tmp_path, seed, brokers=3 if soak else 1) as (cluster, stage, workers, player):
-        cluster.kill(cluster.nodes[0], signal)
-        cluster.restart(cluster.nodes[0])
-        until_owned(workers, 4, OWNED_S, members=2)
-        for number in range(IN_A_ROW):
+        for signal in SIGNALS:
+            cluster.kill(cluster.nodes[0], signal)
+            cluster.restart(cluster.nodes[0])
+            until_owned(workers, 4, OWNED_S, members=2)
+        row = (
+            [signal for signal in SIGNALS for _ in range(IN_A_ROW)] if soak else list(islice(cycle(SIGNALS), IN_A_ROW))
+        )
+        for number, signal in enumerate(row):
             node = cluster.nodes[number % len(cluster.nodes)]
             cluster.kill(node, signal)
             cluster.restart(node)
         verdict, took = _judged(stage, workers, player, judge_all)
     report(
-        f"brokers: SIG{signal} once and {IN_A_ROW} times in a row: all of {verdict.events:,} events as in one pass, "
-        f"settled {took:.1f} s after the stream's end ({player.given_up.total()} events of {player.sent:,} that the "
-        f"producer gave up); seed {seed}"
+        f"brokers: {len(cluster.nodes)}, ended by SIGTERM and SIGKILL once and {len(row)} times in a row: all of "
+        f"{verdict.events:,} events as in one pass, settled {took:.1f} s after the stream's end "
+        f"({player.given_up.total()} events of {player.sent:,} that the producer gave up); seed {seed}"
     )
 
 

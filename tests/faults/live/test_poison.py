@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from itertools import islice
 
@@ -19,6 +20,11 @@ GOOD = 8_000
 SETTLED_S = 120.0
 DEAD_LETTERS = "coldstream_dead_letters_total"
 POISONED = "cannot be used"
+SMALL = 1_000
+"""Bytes of the poison that a source is made of"""
+ALL_POISON, ALL_GOOD = 3_000, 2_000
+SLOW = 1_000
+"""Letters a second; without waiting a worker sends several thousand"""
 
 
 def test_poison_among_good_events_is_set_aside_whole_and_its_neighbours_are_untouched(
@@ -60,25 +66,29 @@ def test_poison_among_good_events_is_set_aside_whole_and_its_neighbours_are_unto
 
 
 def test_a_source_that_is_all_poison_is_waited_for_and_shows(tmp_path, kafka_bootstrap, judge_all, seed, report):
-    with staged(tmp_path, kafka_bootstrap, 1, sections={"worker": {"fetch_kb": 16}}) as stage:
-        small = (one for _, one in poison_for_ever() if len(one.value or b"") < 1_000)
+    small = (one for _, one in poison_for_ever() if len(one.value or b"") < SMALL)
+    with staged(tmp_path, kafka_bootstrap, 1) as stage:
         worker = WorkerProcess(stage, "worker")
         with crew(worker):
-            send(stage.bootstrap, stage.topic, islice(small, 4_000))
+            send(stage.bootstrap, stage.topic, islice(small, ALL_POISON))
             worker.start()
-            wait_until(lambda: POISONED in _problems(worker), SETTLED_S, lambda: str(worker.probe()))
+            wait_until(lambda: POISONED in _problems(worker), SETTLED_S, lambda: worker.probe())
             live = worker.probe("/livez")
             assert live is not None
             assert live[0] == 200, live
-            wait_until(
-                lambda: worker.metric(DEAD_LETTERS) == 4_000, SETTLED_S, lambda: str(worker.metric(DEAD_LETTERS))
-            )
-            send(stage.bootstrap, stage.topic, islice(clicks(seed, 50), 2_000))
+            began, before = time.monotonic(), worker.metric(DEAD_LETTERS)
+            wait_until(lambda: worker.metric(DEAD_LETTERS) == ALL_POISON, SETTLED_S, "letters of all of it")
+            rate = (ALL_POISON - before) / (time.monotonic() - began)
+            assert rate < SLOW, "the worker does not slow down"
+            send(stage.bootstrap, stage.topic, islice(clicks(seed, 50), ALL_GOOD))
             took = until_settled((worker,), ends(stage.bootstrap, stage.topic), SETTLED_S)
             assert POISONED not in _problems(worker)
             verdict = judge_all(stage, (worker,))
-    assert verdict.events == 2_000
-    report(f"a source that is all poison: /readyz says so, and is well again {took:.1f} s after 2,000 good events came")
+    assert (verdict.events, verdict.poison) == (ALL_GOOD, ALL_POISON)
+    report(
+        f"a source that is all poison: /readyz says so, {rate:.0f} letters/s are sent, and all is well {took:.1f} s "
+        f"after {ALL_GOOD:,} good events were sent"
+    )
 
 
 def _mixed(seed: int) -> list[Sent]:

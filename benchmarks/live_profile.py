@@ -3,7 +3,7 @@
     python -m benchmarks.live_profile --out profile.json --config FILE --model DIR --state DIR [--set KEY=VALUE]
 
 runs until SIGTERM, as ``coldstream worker`` does, and writes what was taken between the first SIGUSR1 and the second:
-neither start nor end are in it. Profiling itself makes short functions look dearer than they are; what compiled code
+neither start nor end is in it. Profiling itself makes short functions look dearer than they are; what compiled code
 takes stands with the Python function that calls it.
 """
 
@@ -11,26 +11,26 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import gc
 import importlib
 import json
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from streams.commands.worker import worker
 
 LOOP = "loop"
 """The main thread"""
 MARK = signal.SIGUSR1
-WRITTEN_S = 5.0
-"""An end without a second mark leaves no file"""
 
-Seconds = Mapping[tuple[str, str], float]
-"""(thread, function) -> CPU seconds so far"""
+Moment = Sequence[tuple[str, Sequence[Any]]]
+"""(thread, what cProfile has counted in it so far)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +57,13 @@ class ThreadProfiles:
         self._profiles.append((thread, profile))
         profile.enable()
 
-    def seconds(self) -> Seconds:
+    def moment(self) -> Moment:
         """So far, of calls that have ended. From any thread."""
-        found: dict[tuple[str, str], float] = {}
-        for thread, profile in list(self._profiles):
-            for entry in profile.getstats():
-                key = thread, _where(entry.code)
-                found[key] = found.get(key, 0.0) + entry.inlinetime
-        return found
+        gc.disable()  # what it calls would be profiled, and move entries about while they are counted
+        try:
+            return [(thread, profile.getstats()) for thread, profile in self._profiles]
+        finally:
+            gc.enable()
 
     def end(self) -> None:
         """Stops for this thread and for those to come."""
@@ -72,10 +71,15 @@ class ThreadProfiles:
         sys.setprofile(None)
 
 
-def costs_between(before: Seconds, after: Seconds) -> list[Cost]:
+def costs_between(before: Moment, after: Moment) -> list[Cost]:
     """The dearest first."""
-    found = [Cost(*key, cpu_s - before.get(key, 0.0)) for key, cpu_s in after.items()]
-    return sorted(found, key=lambda cost: -cost.cpu_s)
+    taken: dict[tuple[str, str], float] = {}
+    for moment, sign in ((after, 1), (before, -1)):
+        for thread, entries in moment:
+            for entry in entries:
+                key = thread, _where(entry.code)
+                taken[key] = taken.get(key, 0.0) + sign * entry.inlinetime
+    return sorted((Cost(*key, cpu_s) for key, cpu_s in taken.items()), key=lambda cost: -cost.cpu_s)
 
 
 def read(path: Path) -> list[Cost]:
@@ -91,27 +95,19 @@ def _where(code: object) -> str:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="A worker under a profiler")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file that is written at the second SIGUSR1")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file that is written at the end")
     parser.add_argument("--config", required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], help="KEY=VALUE")
     options = parser.parse_args()
     importlib.import_module("streams.live.worker")  # the command loads it later, which would be profiled as well
-    signal.pthread_sigmask(signal.SIG_BLOCK, {MARK})  # for all threads: one waits for it
-
-    def write_between_marks() -> None:
-        signal.sigwait({MARK})
-        before = profiles.seconds()
-        signal.sigwait({MARK})
-        costs = costs_between(before, profiles.seconds())
-        options.out.write_text(json.dumps([asdict(cost) for cost in costs]), encoding="utf-8")
-
-    writing = threading.Thread(target=write_between_marks, daemon=True)
-    writing.start()
-    profiles = ThreadProfiles()
+    profiles, marks = ThreadProfiles(), list[Moment]()
+    signal.signal(MARK, lambda *_: marks.append(profiles.moment()))
     worker(options.model, options.config, options.set, options.state)
-    writing.join(WRITTEN_S)
+    before, after, *_ = marks
+    costs = costs_between(before, after)
+    options.out.write_text(json.dumps([asdict(cost) for cost in costs]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -237,9 +237,9 @@ class StateSettings(Section):
     sync: SyncSettings = SyncSettings()
     expire_after_days: PositiveFloat | None = None
     """Users who are away for longer, by the events' time, are dropped and start anew; None keeps them for ever."""
-    hot_rows_mb: PositiveInt = 256
-    block_cache_mb: PositiveInt = 64
-    write_buffers_mb: PositiveInt = 192
+    hot_rows_mb: PositiveInt = 128
+    block_cache_mb: PositiveInt = 32
+    write_buffers_mb: PositiveInt = 64
 
 
 class SecuritySettings(Section):

@@ -20,6 +20,7 @@ RECORDS_BEFORE_STOP = 1_000
 class Reason(StrEnum):
     """Why a record was rejected, in the order in which a record is checked."""
 
+    UNREADABLE_BATCH = "unreadable batch"
     EMPTY_RECORD = "empty record"
     TOO_LARGE = "too large"
     UNKNOWN_SCHEMA = "unknown schema"

@@ -6,6 +6,7 @@ from configs.settings import EventSchema, StreamSettings
 from streams.decoding.decoded import Decoder
 from streams.decoding.json_decoder import JsonDecoder
 from streams.decoding.record_reader import RecordDecoder
+from streams.decoding.unreadable import UnreadableApart
 
 
 def decoder_of(events: EventSchema, stream: StreamSettings) -> Decoder:
@@ -15,6 +16,10 @@ def decoder_of(events: EventSchema, stream: StreamSettings) -> Decoder:
         MissingExtra: the format's library is not installed.
         DecodingError: the settings lack what the format needs, or name descriptors that cannot be used.
     """
+    return UnreadableApart(_decoder_of(events, stream))
+
+
+def _decoder_of(events: EventSchema, stream: StreamSettings) -> Decoder:
     if stream.format == "avro":
         from streams.decoding.avro import avro_reader
         from streams.decoding.registry import SchemaRegistry

@@ -36,7 +36,7 @@ log = structlog.get_logger("coldstream")
 
 RETRY_S = 1.0
 """Between two tries of a step that the disk, the registry or the brokers did not take"""
-PENDING_COMMITS, PENDING_BYTES = 64, 16 << 20
+PENDING_COMMITS, PENDING_BYTES = 64, 8 << 20
 """What may wait for the brokers' acknowledgement before a partition's events wait too"""
 
 Result = TypeVar("Result")

@@ -368,7 +368,7 @@ class Partition:
         self.broker.now_ms += (1, 400, 1100)[self.below(3)]
 
     def compact(self, _: Worker) -> None:
-        self.broker.compact(self.below(30))
+        self.broker.compact(self.below(30) * self.below(2))
 
     def step(self) -> None:
         """One thing happens to one of them."""
@@ -390,7 +390,7 @@ RUNNING = {
     Partition.close_cleanly: 2,
 }  # fmt: skip
 ANY = {
-    Partition.a_later_write_fails: 1, Partition.take_snapshot: 4, Partition.time_passes: 2, Partition.compact: 2,
+    Partition.a_later_write_fails: 1, Partition.take_snapshot: 4, Partition.time_passes: 3, Partition.compact: 4,
 }  # fmt: skip
 """What may happen, and how often beside the others"""
 

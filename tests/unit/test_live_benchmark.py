@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections import namedtuple
 from itertools import count
 from math import inf, isnan
 from threading import Thread
@@ -201,12 +202,12 @@ def test_each_threads_functions_have_their_own_cpu_time():
             sum(range(10_000))
 
     profiles = ThreadProfiles()
-    before = profiles.seconds()
+    before = profiles.moment()
     thread = Thread(target=busy, name="worker bee")
     thread.start()
     thread.join()
     profiles.end()
-    costs = costs_between(before, profiles.seconds())
+    costs = costs_between(before, profiles.moment())
 
     dearest = costs[0]
     assert (dearest.thread, dearest.where) == ("worker bee", "built-in method builtins.sum")
@@ -216,9 +217,8 @@ def test_each_threads_functions_have_their_own_cpu_time():
 
 
 def test_costs_are_those_between_two_moments():
-    before, after = (
-        {("loop", "a"): 1.0, ("loop", "b"): 1.0},
-        {("loop", "a"): 1.5, ("loop", "b"): 1.0, ("adapt", "a"): 2.0},
-    )
+    Entry = namedtuple("Entry", ["code", "inlinetime"])
+    before = [("loop", [Entry("<a>", 1.0), Entry("<b>", 1.0)])]
+    after = [("loop", [Entry("<a>", 1.5), Entry("<b>", 1.0)]), ("adapt", [Entry("<a>", 2.0)])]
 
     assert costs_between(before, after) == [Cost("adapt", "a", 2.0), Cost("loop", "a", 0.5), Cost("loop", "b", 0.0)]

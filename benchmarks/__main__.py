@@ -15,7 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import kernel, quality, query, restore, rows, sources, stream_run, training
+from benchmarks import decoding, kernel, live, quality, query, restore, rows, sources, stream_run, training, wire
 from benchmarks.command import Benchmark, Options, Skipped, options_of, parser, say
 from benchmarks.report import Figure, as_dict, table, write_json
 from streams.provenance import describe_machine
@@ -27,6 +27,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "restore": restore.run,
     "query": query.run,
     "sources": sources.run,
+    "wire": wire.run,
+    "decoding": decoding.run,
+    "live": live.run,
     "training": training.run,
     "quality": quality.run,
 }

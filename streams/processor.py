@@ -324,7 +324,7 @@ def _part(columns: EventColumns, part: slice, slot: NDArray[np.int32]) -> EventC
 
 
 def _of_few_users(user: NDArray[np.int32]) -> int:
-    """How many of the events, from the first on, are together of COMMIT_USERS users at most; not always all that are."""
+    """How many of the events, from the first on, are of COMMIT_USERS users at most; not always all that are."""
     taken = min(COMMIT_USERS, len(user))
     while taken < len(user) and np.count_nonzero(np.bincount(user[:taken])) <= COMMIT_USERS // 2:
         taken = min(2 * taken, len(user))

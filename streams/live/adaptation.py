@@ -155,7 +155,8 @@ class AdaptationAgent:
         self._watch.poison(owned.number, owned.poison.red)
         if step.predictions is not None:
             lag = max(end - chunk.next_offset, 0)
-            self._watch.applied(owned.number, chunk, step.predictions, step.duplicates, lag)
+            pending = owned.outbox.pending_commits
+            self._watch.applied(owned.number, chunk, step.predictions, step.duplicates, lag, pending)
         await owned.unless_closing(owned.publisher.until_pending(PENDING_COMMITS, PENDING_BYTES))
 
     async def _tried_until_done(self, owned: AdaptedPartition, chunk: Chunk) -> _Step:

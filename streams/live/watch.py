@@ -46,13 +46,17 @@ class Watch:
         self.health.running(partition)
         self.health.applied(partition, offset - 1)
 
-    def applied(self, partition: int, chunk: Chunk, predictions: Predictions, duplicates: int, lag: int) -> None:
+    def applied(
+        self, partition: int, chunk: Chunk, predictions: Predictions, duplicates: int, lag: int, pending_commits: int
+    ) -> None:
         """A step is durable."""
         applied = int(predictions.applied.sum())
         self.metrics.events(Outcome.APPLIED, applied)
         self.metrics.events(Outcome.SKIPPED, len(predictions.applied) - applied)
         self.metrics.events(Outcome.DUPLICATE, duplicates)
         self.metrics.batch(len(chunk))
+        self.metrics.durable(chunk.timestamp_ms)
+        self.metrics.pending_commits(partition, pending_commits)
         self.lag(partition, lag, int(chunk.timestamp_ms[-1]) if len(chunk) else None)
         self.health.applied(partition, chunk.next_offset - 1)
 

@@ -35,13 +35,13 @@ def _transactional(producer: AIOKafkaProducer) -> bool:
 
 
 POINTS: dict[str, tuple[Any, str, bool, Applies, int]] = {
-    "before rows are written": (RocksUserStore, "_write", BEFORE, _always, 30),
-    "after rows are written": (RocksUserStore, "_write", AFTER, _always, 30),
-    "before a transaction begins": (AIOKafkaProducer, "begin_transaction", BEFORE, _always, 20),
-    "after a transaction began": (AIOKafkaProducer, "begin_transaction", AFTER, _always, 20),
-    "before a transaction is committed": (AIOKafkaProducer, "commit_transaction", BEFORE, _always, 20),
-    "after a transaction is committed": (AIOKafkaProducer, "commit_transaction", AFTER, _always, 20),
-    "before offsets are committed": (BatchConsumer, "_commit", BEFORE, _always, 5),
+    "before rows are written": (RocksUserStore, "_write", BEFORE, _always, 8),
+    "after rows are written": (RocksUserStore, "_write", AFTER, _always, 8),
+    "before a transaction begins": (AIOKafkaProducer, "begin_transaction", BEFORE, _always, 5),
+    "after a transaction began": (AIOKafkaProducer, "begin_transaction", AFTER, _always, 5),
+    "before a transaction is committed": (AIOKafkaProducer, "commit_transaction", BEFORE, _always, 5),
+    "after a transaction is committed": (AIOKafkaProducer, "commit_transaction", AFTER, _always, 5),
+    "before offsets are committed": (BatchConsumer, "_commit", BEFORE, _always, 3),
     "after offsets are committed": (BatchConsumer, "_commit", AFTER, _always, 5),
     "after the last owner is fenced off": (AIOKafkaProducer, "start", AFTER, _transactional, 2),
     "before a store and its changelog meet": (streams.live.recovery, "bring_together", BEFORE, _always, 2),

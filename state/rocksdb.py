@@ -8,6 +8,7 @@ import time
 import weakref
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 from rocksdict import (
@@ -76,7 +77,10 @@ class HasMemtable(Protocol):
 
 
 class StoreMemory:
-    """RocksDB's memory, shared by all stores that are given it: a worker's footprint then knows no partitions."""
+    """RocksDB's memory, shared by all stores that are given it: a worker's footprint then knows no partitions.
+
+    Stores of several threads may share one: who writes may flush a store that another thread opens, reads or closes.
+    """
 
     def __init__(self, cache_bytes: int = BLOCK_CACHE_BYTES, memtables_bytes: int = MEMTABLES_BYTES) -> None:
         self.cache = Cache(cache_bytes)
@@ -86,10 +90,13 @@ class StoreMemory:
         self.memtable_bytes = min(MEMTABLE_BYTES, memtables_bytes // 3)
         """Of one store at most: a memtable's bloom filter is a share of this, and is there from its beginning"""
         self._stores: weakref.WeakSet[HasMemtable] = weakref.WeakSet()
+        self._lock = Lock()
+        """Of ``_stores``"""
 
     def share(self, store: HasMemtable) -> None:
         """Counts the store's memtable among those that ``relieve`` flushes, for as long as the store lives."""
-        self._stores.add(store)
+        with self._lock:
+            self._stores.add(store)
 
     def relieve(self) -> None:
         """Keeps all memtables inside the limit, but for the batch just written; called after every write.
@@ -99,7 +106,9 @@ class StoreMemory:
         """
         if self.memtables.get_usage() <= self._limit // 2:
             return
-        stores = sorted(self._stores, key=lambda store: store.memtable_bytes(), reverse=True)
+        with self._lock:
+            stores = list(self._stores)
+        stores = sorted(stores, key=lambda store: store.memtable_bytes(), reverse=True)
         if sum(store.memtable_bytes() for store in stores) > self._limit // 2:
             stores.pop(0).flush(wait=False)
         for store in stores:

@@ -14,6 +14,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -317,7 +318,10 @@ class RocksUserStore(RocksReader):
         self._sync = Syncing(sync or SyncPolicy(), self._timed_sync)
         self._failed = False
         self._unlogged = False
+        self._handle = Lock()
+        """Held while the handle is exchanged, or used by another thread than the store's own"""
         super().__init__(path)
+        self._memory.share(self)
         try:
             self._confirmed = self.progress()
             if self.restoring() and not to_restore:
@@ -330,7 +334,6 @@ class RocksUserStore(RocksReader):
             raise
 
     def _opened(self) -> Rdict:
-        self._memory.share(self)
         return open_for_writing(self.path, self._memory)
 
     def write_batch(
@@ -438,9 +441,10 @@ class RocksUserStore(RocksReader):
         """See ``UserStore``. What is in memory goes to a sorted file first: the next open has no log to replay."""
         self._sync.stop()
         self._end_reading()
-        if self._db is not None:
-            db, self._db = self._db, None
-            release(db, flush=not self._failed)
+        with self._handle:
+            if self._db is not None:
+                db, self._db = self._db, None
+                release(db, flush=not self._failed)
 
     def _open_db(self) -> Rdict:
         if self._db is None:
@@ -451,25 +455,28 @@ class RocksUserStore(RocksReader):
 
     def memtable_bytes(self) -> int:
         """See ``HasMemtable``."""
-        if self._db is None or self._failed:
-            return 0
-        return int(self._db.property_int_value("rocksdb.cur-size-active-mem-table") or 0)
+        with self._handle:
+            if self._db is None or self._failed:
+                return 0
+            return int(self._db.property_int_value("rocksdb.cur-size-active-mem-table") or 0)
 
     def flush(self, *, wait: bool) -> None:
         """See ``HasMemtable``."""
-        if self._db is not None and not self._failed:
-            try:
-                self._db.flush(wait)
-            except Exception:  # rocksdict raises bare Exception for everything RocksDB says
-                self._failed = True
+        with self._handle:
+            if self._db is not None and not self._failed:
+                try:
+                    self._db.flush(wait)
+                except Exception:  # rocksdict raises bare Exception for everything RocksDB says
+                    self._failed = True
 
     def _timed_sync(self) -> None:
         """Of the timer's thread. After a failure the next call opens the store again, and sees what is there."""
-        if self._db is not None and not self._failed:
-            try:
-                self._db.flush_wal(True)
-            except Exception:  # rocksdict raises bare Exception for everything RocksDB says
-                self._failed = True
+        with self._handle:
+            if self._db is not None and not self._failed:
+                try:
+                    self._db.flush_wal(True)
+                except Exception:  # rocksdict raises bare Exception for everything RocksDB says
+                    self._failed = True
 
     def _reopen(self) -> None:
         """After a failed write RocksDB refuses further ones: only a new handle tells what became durable.
@@ -483,9 +490,10 @@ class RocksUserStore(RocksReader):
             )
         self._sync.stop()
         self._end_reading()
-        release(self._db)
-        self._db = open_for_writing(self.path, self._memory)
-        self._failed = False
+        with self._handle:
+            release(self._db)
+            self._db = open_for_writing(self.path, self._memory)
+            self._failed = False
         try:
             before, now = self._confirmed, self.progress()
         except BaseException:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import numpy as np
+
+from learner.user_state import RowLayout
+from state.codec import Progress
+from state.rocksdb import StoreMemory
+from state.store import RocksUserStore
 
 MIB = 1 << 20
 CACHE, BUFFERS, HOT = 8, 16, 8
@@ -60,3 +68,19 @@ def test_sixteen_partitions_share_their_limits(tmp_path):
     assert 0 < found["cache"] <= (CACHE + 1) * MIB
     assert BUFFERS / 4 * MIB < found["buffers"] <= (BUFFERS + 3) * MIB  # the latest batch comes on top: 1.1 MB
     assert found["grown"] < (CACHE + BUFFERS + HOT + 48) * MIB  # rows on their way, and what the walks hold
+
+
+def test_stores_of_several_threads_share_their_memory_while_they_open_and_close(tmp_path: Path) -> None:
+    memory = StoreMemory(1 << 20, 300_000)  # so little that every write asks the others to flush
+    layout = RowLayout("full", 16, 8, 32)
+
+    def open_write_close(number: int) -> None:
+        for _ in range(4):
+            with RocksUserStore(tmp_path / str(number), layout, memory) as store:
+                for offset in range(12):
+                    users = [f"u{number}-{offset}-{k}".encode() for k in range(20)]
+                    store.write_batch(users, np.zeros((20, layout.row_bytes), np.uint8), Progress(offset, 0))
+
+    with ThreadPoolExecutor(6) as pool:
+        for done in [pool.submit(open_write_close, number) for number in range(12)]:
+            done.result(timeout=120)

@@ -348,7 +348,7 @@ class WorkerSettings(Section):
     """Static membership: a name that outlives restarts, and no other worker has; a restart then moves no partition"""
     standby: bool = False
     """Keep copies of the partitions of others, so that taking one over is quick"""
-    fetch_kb: PositiveInt = 4096
+    fetch_kb: PositiveInt = 2048
     """Of a partition, at once"""
     commit_ms: PositiveInt = 1000
     """How often the group's offsets are committed; they only say how far the changelog is"""

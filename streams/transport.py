@@ -37,7 +37,9 @@ from streams.kafka.raw_fetch import fetch_chunks
 SCHEME = "coldstream"
 """Of the broker's URL, by which Faust finds this transport"""
 _PAUSED_S = 0.5
-"""How long one look for a partition that is not paused takes at most: the consumer also has to end"""
+"""How long one wait for room, or for a partition that is not paused, takes at most: the consumer also has to end"""
+WAITING = 2
+"""Deliveries that agents have not begun with, above which nothing more is polled"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,8 @@ class BatchConsumer(driver.Consumer):
         super().__init__(*arguments, **options)
         self._source: Source = cast(Any, self.app).source
         self._some_active = asyncio.Event()
+        self._waiting = 0
+        self._room = asyncio.Event()
         self._last: dict[TP, Delivery] = {}
 
     def begun(self, tp: TP) -> int:
@@ -126,6 +130,12 @@ class BatchConsumer(driver.Consumer):
         """Sets the partition's position; deliveries that are under way are of before (``Delivery.begun``)."""
         await self._batches.call_thread(self._batches.set_position, tp, offset)
         self._read_offset[tp] = offset or None
+
+    def taken(self) -> None:
+        """An agent has begun with a delivery."""
+        self._waiting = max(self._waiting - 1, 0)
+        if self._waiting <= WAITING:
+            self._room.set()
 
     async def group_offset(self, tp: TP) -> int | None:
         """What the group has committed; None: nothing yet. Raises KafkaError."""
@@ -139,6 +149,11 @@ class BatchConsumer(driver.Consumer):
         self.resume_partitions({tp})
         self._some_active.set()
 
+    def on_buffer_drop(self, tp: TP) -> None:
+        """An agent has room again for what it could not take."""
+        super().on_buffer_drop(tp)
+        self._some_active.set()
+
     @property
     def _batches(self) -> _ConsumerThread:
         return cast(_ConsumerThread, self._thread)
@@ -149,7 +164,7 @@ class BatchConsumer(driver.Consumer):
     async def getmany(self, timeout: float) -> AsyncIterator[tuple[TP, Any]]:
         """One message for each partition that has something, of batched topics."""
         generation = self.app.consumer_generation_id
-        await self._wait_for_active()
+        await self._wait_for_room()
         polled, _ = await self._wait_next_records(timeout)
         if polled is None or self.should_stop:
             return
@@ -157,17 +172,24 @@ class BatchConsumer(driver.Consumer):
             return
         batches = cast(dict[TP, _Polled], polled)
         messages = [message for tp, found in batches.items() for message in self._messages(tp, found)]
+        self._waiting += len(messages)
         for tp, message in messages:
             if not self.flow_active or self.app.consumer_generation_id != generation:
                 return
             self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
             yield tp, message
 
-    async def _wait_for_active(self) -> None:
-        """Faust would sleep for a second where every partition is paused."""
+    async def _wait_for_room(self) -> None:
+        """Polls when agents are about to have nothing to do: what comes meanwhile is in fewer, larger deliveries.
+
+        Where every partition is paused, Faust would sleep for a second.
+        """
+        self._room.clear()
         self._some_active.clear()
-        if self.flow_active and not self._get_active_partitions():
-            with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError):
+            if self.flow_active and self._waiting > WAITING:
+                await asyncio.wait_for(self._room.wait(), _PAUSED_S)
+            if self.flow_active and not self._get_active_partitions():
                 await asyncio.wait_for(self._some_active.wait(), _PAUSED_S)
 
     def _messages(self, tp: TP, polled: _Polled) -> list[tuple[TP, ConsumerMessage]]:
@@ -213,6 +235,7 @@ class BatchConsumer(driver.Consumer):
     async def seek_to_committed(self) -> Mapping[TP, int]:
         """Where partitions begin: those of batched topics when their stores are open, whatever the group says."""
         offsets = dict(await super().seek_to_committed())
+        self._waiting = 0  # Faust has emptied the agents' queues
         for tp in self.assignment():
             if tp.topic in self._source.topics:
                 self._batches.begun[tp] += 1

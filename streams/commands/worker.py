@@ -11,6 +11,10 @@ import typer
 
 from streams.commands.options import Config, Overrides, settings_from
 
+SWITCH_S = 0.0005
+"""How long a thread may keep the interpreter's lock while another waits for it. An event passes through three threads,
+and Python's 5 ms would be added at each"""
+
 
 def worker(
     model: Annotated[Path, typer.Option(help="The trained model: a directory that `coldstream train` has written.")],
@@ -30,5 +34,6 @@ def worker(
     from streams.live.worker import Worker
 
     configure_logs(sys.stderr, Secrets(), worker=worker_name(settings))
+    sys.setswitchinterval(SWITCH_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(Worker(settings, model).run())

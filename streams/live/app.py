@@ -17,8 +17,8 @@ from streams.transport import SCHEME, BatchConsumer, Delivery, RawBatch, Source,
 Take = Callable[[TP, Delivery], Awaitable[None]]
 """Takes what came of a partition. It catches what it can mend; anything else ends the worker."""
 
-BUFFERED_DELIVERIES = 4
-"""An entry is a whole poll of a partition, up to ``worker.fetch_kb``"""
+BUFFERED_DELIVERIES = 64
+"""More than ever wait (``transport.WAITING`` and one poll), or Faust would hold partitions back"""
 REBALANCE_S = 30.0
 """How long the group waits for members that let their partitions go"""
 HEARTBEATS = 3

@@ -35,6 +35,7 @@ class Intake:
 
     async def take(self, tp: TP, delivery: Delivery) -> None:
         """Never raises: a body of Faust's agents that does loses what it was given."""
+        self.consumer.taken()
         try:
             async with self._owned.step(tp) as opened:
                 if opened is not None and delivery.begun == self.consumer.begun(tp):

@@ -31,6 +31,8 @@ from streams.live.watch import Watch
 
 TAKEN_BYTES = 8 << 20
 """Rows of one transaction: 9,000 at d = 16; they stay in memory until they are acknowledged"""
+GATHER_S = 0.05
+"""Between two transactions, unless much waits: each costs the brokers and the loop some milliseconds, however small"""
 RETRY_S = 1.0
 """Between two tries of a transaction that the brokers could not take"""
 
@@ -72,6 +74,8 @@ class Publisher:
         self._last_marker = last_marker
         self._watch = watch
         self._work = asyncio.Event()
+        self._hurry = asyncio.Event()
+        """Somebody waits for an acknowledgement"""
         self._told = asyncio.Condition()
         self._work.set()  # the store may have something from before
         self.told_offset: int | None = None
@@ -83,10 +87,15 @@ class Publisher:
 
     async def until_pending(self, commits: int, size: int) -> None:
         """Waits until at most so many commits, of so many bytes, are not acknowledged."""
+
+        def told() -> bool:
+            return self._outbox.pending_commits <= commits and self._outbox.pending_bytes <= size
+
+        if told():
+            return
+        self._hurry.set()
         async with self._told:
-            await self._told.wait_for(
-                lambda: self._outbox.pending_commits <= commits and self._outbox.pending_bytes <= size
-            )
+            await self._told.wait_for(told)
 
     async def run(self) -> None:
         """Publishes until it is cancelled. Raises ProducerFenced."""
@@ -101,6 +110,9 @@ class Publisher:
                 self._watch.published(self._partition, len(publication.rows), self._outbox.pending_commits, progress)
                 async with self._told:
                     self._told.notify_all()
+            self._hurry.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hurry.wait(), GATHER_S)
 
     async def close(self) -> None:
         """Lets the producer go; an open transaction is left to the next owner, who aborts it."""

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from state.changelog import Record
@@ -72,7 +73,13 @@ class TopicReader:
                     raise Stopped(f"reading {self.topic}/{partition} was called off")
                 polled = on_loop(loop, consumer.getmany(tp, timeout_ms=POLL_MS))
                 for chunk in polled.get(tp, ()):
-                    yield chunk if chunk.next_offset <= end else chunk.part(0, int((chunk.offset < end).sum()))
+                    inside = int(np.searchsorted(chunk.offset, end))
+                    if inside == len(chunk):
+                        yield chunk
+                    else:
+                        if inside:
+                            yield chunk.part(0, inside)
+                        return
         finally:
             on_loop(loop, consumer.stop())
 

@@ -158,7 +158,8 @@ def test_what_a_user_can_mend_is_one_line(tmp_path, kafka_bootstrap) -> None:
         assert "--state" in error_of(command(stage, None))
         assert "127.0.0.1:9" in error_of(command(stage, tmp_path / "s", "kafka.bootstrap=127.0.0.1:9"))
         missing = error_of(command(stage, tmp_path / "s", "stream.topics.create=false"))
-        assert "kafka-topics.sh --create" in missing
+        assert "kafka-topics.sh --bootstrap-server" in missing
+        assert "--create --topic" in missing
         assert stage.changelog in missing
 
 

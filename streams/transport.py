@@ -172,11 +172,13 @@ class BatchConsumer(driver.Consumer):
             return
         batches = cast(dict[TP, _Polled], polled)
         messages = [message for tp, found in batches.items() for message in self._messages(tp, found)]
-        self._waiting += len(messages)
         for tp, message in messages:
             if not self.flow_active or self.app.consumer_generation_id != generation:
                 return
             self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
+            if tp.topic in self._source.topics:
+                self._waiting += 1
+                self._read_offset[tp] = None  # Faust would drop what is read again; deliveries are numbered
             yield tp, message
 
     async def _wait_for_room(self) -> None:
@@ -234,7 +236,8 @@ class BatchConsumer(driver.Consumer):
 
     async def seek_to_committed(self) -> Mapping[TP, int]:
         """Where partitions begin: those of batched topics when their stores are open, whatever the group says."""
-        offsets = dict(await super().seek_to_committed())
+        others = any(tp.topic not in self._source.topics for tp in self.assignment())
+        offsets = dict(await super().seek_to_committed()) if others else {}
         self._waiting = 0  # Faust has emptied the agents' queues
         for tp in self.assignment():
             if tp.topic in self._source.topics:

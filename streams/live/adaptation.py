@@ -20,7 +20,6 @@ from learner.adaptation import Adapted
 from learner.interactions import Interactions
 from state.exceptions import StoreWriteFailed
 from state.outbox import Outbox
-from state.store import UserStore
 from streams.decoding.decoded import Decoded
 from streams.decoding.exceptions import RegistryUnavailable
 from streams.kafka.chunk import Chunk
@@ -58,7 +57,6 @@ class AdaptedPartition:
         publisher: Publisher,
         window: DuplicateWindow | None,
         poison: PoisonWatch,
-        store: UserStore,
         release: Callable[[], Awaitable[None]],
     ) -> None:
         self.number = number
@@ -67,7 +65,6 @@ class AdaptedPartition:
         self.publisher = publisher
         self.window = window
         self.poison = poison
-        self._store = store
         self.closing = asyncio.Event()
         self._release = release
 
@@ -79,11 +76,6 @@ class AdaptedPartition:
         """See ``ownership.Opened``."""
         told = self.publisher.told_offset
         return None if told is None else told + 1
-
-    async def set_back(self) -> None:
-        """The store came back at an earlier offset: the stream goes on there."""
-        progress = self._store.progress()
-        self.next_offset = 0 if progress is None else progress.offset + 1
 
     async def flush(self, flush_s: float) -> None:
         """See ``ownership.Opened``."""
@@ -161,14 +153,19 @@ class AdaptationAgent:
 
     async def _tried_until_done(self, owned: AdaptedPartition, chunk: Chunk) -> _Step:
         loop = asyncio.get_running_loop()
+        step: _Step | None = None
+        set_aside = False
         while True:
             try:
-                step = await loop.run_in_executor(self._adapting, self._decode_and_adapt, owned, chunk)
-                if step.predictions is None:
+                if step is None:
+                    step = await loop.run_in_executor(self._adapting, self._decode_and_adapt, owned, chunk)
+                if step.predictions is not None:
+                    return step
+                if not set_aside:
                     await self._set_aside(owned, chunk, step.decoded)
-                    step = await loop.run_in_executor(self._adapting, self._adapt, owned, chunk, step.decoded)
-                return step
-            except (StoreWriteFailed, RegistryUnavailable, KafkaError) as error:
+                    set_aside = True
+                return await loop.run_in_executor(self._adapting, self._adapt, owned, chunk, step.decoded)
+            except (StoreWriteFailed, RegistryUnavailable, KafkaError, TimeoutError) as error:
                 self._watch.waits(owned.number, Stage.ADAPT, error)
                 await owned.unless_closing(asyncio.sleep(RETRY_S))
 

@@ -55,8 +55,11 @@ class Intake:
         end = self.consumer.highwater(tp) or 0
         try:
             for chunk in delivery.chunks:
+                if len(chunk) and chunk.offset[0] < opened.next_offset:
+                    log.error("the source begins anew", topic=tp.topic, partition=tp.partition)
+                    self._owned.reopen(tp)
+                    return
                 await self._agents[tp.topic](opened, chunk, end)
         except StoreRolledBack as error:
             log.warning("the store came back at an earlier offset", partition=tp.partition, error=str(error))
-            await opened.set_back()
-            await self.consumer.rewind(tp, opened.next_offset)
+            self._owned.reopen(tp)

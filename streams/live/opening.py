@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from typing import TypeVar
 
+import structlog
 from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
 
 from configs.settings import StreamSettings
+from state.exceptions import StoreError
 from state.outbox import Outbox
 from state.outbox_codec import SESSION_BYTES
 from state.store import RocksUserStore, UserStore
@@ -29,7 +33,10 @@ from streams.live.topic_reader import TopicReader, on_loop
 from streams.live.watch import Watch
 from streams.processor import Processor
 
+log = structlog.get_logger("coldstream")
 Result = TypeVar("Result")
+STOP_S = 5.0
+"""How long a producer may take to stop"""
 
 
 class Opener:
@@ -85,9 +92,11 @@ class Opener:
             window = await self._in_thread(stopped, lambda: self._window(partition, offset, stopped))
             await self._in(self._adapting, lambda: self._processor.adopt(partition, store))
         except BaseException:
-            await producer.stop()
             if store is not None:
+                await self._in(self._adapting, lambda: self._processor.release(partition))  # behind an adopt under way
                 await self._in(self._restoring, store.close)
+            with contextlib.suppress(KafkaError, TimeoutError):
+                await asyncio.wait_for(producer.stop(), STOP_S)
             raise
         self._watch.opened(partition, offset)
         return self._opened(partition, offset, store, producer, window)
@@ -115,12 +124,16 @@ class Opener:
             lambda: self._producer(partition), producer, last_marker, self._watch,
         )  # fmt: skip
         poison = PoisonWatch(self._poison_share)
-        return AdaptedPartition(partition, offset, outbox, publisher, window, poison, store, release)
+        return AdaptedPartition(partition, offset, outbox, publisher, window, poison, release)
 
     def _release(self, partition: int) -> None:
         outbox = self._outboxes.pop(partition)
-        outbox.trim()
-        self._processor.release(partition)
+        try:
+            outbox.trim()
+        except StoreError as error:
+            log.warning("what was told stays in the outbox", partition=partition, error=str(error))
+        finally:
+            self._processor.release(partition)
 
     def _recovered(self, partition: int, stopped: threading.Event, session: bytes) -> RocksUserStore:
         def told(done: int, total: int) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import structlog
-from aiokafka.errors import KafkaError, ProducerFenced
+from aiokafka.errors import IllegalStateError, KafkaError, ProducerFenced
 from faust.types import TP
 
 from streams.live.watch import Watch
@@ -99,16 +99,22 @@ class Ownership:
         self._fail = fail
         self._reopen_s = reopen_s
         self._held: dict[TP, _Held] = {}
-        self._assigned: set[int] = set()
+        self._closing: dict[TP, asyncio.Task[None]] = {}
+        """Let go, and not closed yet: it is not opened again before"""
+        self._ours: set[TP] | None = None
+        """What the group has assigned; None: nothing was said yet"""
+        self._stopping = False
         self._later: set[asyncio.Task[None]] = set()
 
     def begin(self, tp: TP) -> None:
         """See ``transport.Source``."""
+        if self._stopping:
+            return
         held = self._held.get(tp)
         if held is None:
             held = self._held[tp] = _Held()
         elif held.opened is not None:
-            self._soon(self.consumer.start_at(tp, held.opened.next_offset))
+            self._soon(self._start(tp, held.opened))
             return
         if held.opening is None:
             held.opening = asyncio.create_task(self._open(tp, held), name=f"open {tp.topic}/{tp.partition}")
@@ -118,16 +124,14 @@ class Ownership:
         held = self._held.get(tp)
         return None if held is None or held.opened is None else held.opened.committable()
 
-    def opened(self, tp: TP) -> Opened | None:
-        """The partition, where it is open."""
-        held = self._held.get(tp)
-        return None if held is None else held.opened
-
     def holds(self, partition: int) -> bool:
-        """Whether the group has given this worker the partition of the adapted topic, or it is not let go yet."""
-        return partition in self._assigned or any(
-            tp.partition == partition for tp in self._held if tp.topic == self._counted
-        )
+        """Whether this worker has the partition of the adapted topic, is still closing it, or may be given it now."""
+        tp = TP(self._counted, partition)
+        return self._ours is None or tp in self._ours or tp in self._held or tp in self._closing
+
+    def reopen(self, tp: TP) -> None:
+        """What is open does not fit its store or its source any more: it is closed, and opened as if just assigned."""
+        self._soon(self._again(tp, 0.0))
 
     @contextlib.asynccontextmanager
     async def step(self, tp: TP) -> Any:
@@ -141,13 +145,15 @@ class Ownership:
 
     async def on_revoked(self, app: Any, *revoked: Any, **_: Any) -> None:
         """Faust's signal."""
-        await self.revoke({tp for tp in revoked[0] if tp.topic in self.topics})
+        gone = {tp for tp in revoked[0] if tp.topic in self.topics}
+        self._ours = (self._ours or set()) - gone
+        await self.revoke(gone)
 
     async def on_assigned(self, app: Any, *assigned: Any, **_: Any) -> None:
         """Faust's signal; ``begin`` follows for each."""
         ours = {tp for tp in assigned[0] if tp.topic in self.topics}
+        self._ours = ours
         await self.revoke(set(self._held) - ours)
-        self._assigned = {tp.partition for tp in ours if tp.topic == self._counted}
         self._tell_assignment()
 
     async def tell_lag(self) -> None:
@@ -162,21 +168,24 @@ class Ownership:
     async def revoke(self, tps: set[TP], flush_s: float = FLUSH_S) -> None:
         """The group takes these partitions away."""
         started = time.monotonic()
-        await asyncio.gather(*(self._let_go(tp, flush_s) for tp in tps if tp in self._held))
+        await asyncio.gather(*(self._let_go(tp, flush_s) for tp in tps))
         log.info("partitions let go", partitions=sorted(tp.partition for tp in tps), seconds=_since(started))
 
     async def close(self, flush_s: float) -> None:
-        """Lets everything go."""
-        await self.revoke(set(self._held), flush_s)
+        """Lets everything go; nothing is opened any more."""
+        self._stopping = True
+        await self.revoke(set(self._held) | set(self._closing), flush_s)
         for task in list(self._later):
             task.cancel()
         await asyncio.gather(*self._later, return_exceptions=True)
 
     def _tell_assignment(self) -> None:
-        self._watch.rebalanced(self._assigned)
+        self._watch.rebalanced({tp.partition for tp in self._ours or () if tp.topic == self._counted})
 
     async def _open(self, tp: TP, held: _Held) -> None:
         started = time.monotonic()
+        if (closing := self._closing.get(tp)) is not None:
+            await asyncio.shield(closing)
         while True:
             try:
                 opened = await self._kinds[tp.topic](tp.partition)
@@ -192,46 +201,67 @@ class Ownership:
         log.info(
             "partition open", topic=tp.topic, partition=tp.partition, offset=opened.next_offset, seconds=_since(started)
         )
-        await self.consumer.start_at(tp, opened.next_offset)
+        self._soon(self._start(tp, opened))
+
+    async def _start(self, tp: TP, opened: Opened) -> None:
+        try:
+            await self.consumer.start_at(tp, opened.next_offset)
+        except IllegalStateError:
+            log.info("the group has taken the partition away again", topic=tp.topic, partition=tp.partition)
 
     async def _run(self, tp: TP, held: _Held, opened: Opened) -> None:
         try:
             await opened.run()
         except ProducerFenced:
-            self._watch.fenced(tp.partition)
-            self._soon(self._lost(tp, held))
+            log.warning("another worker has opened the partition", topic=tp.topic, partition=tp.partition)
+            if tp.topic == self._counted:
+                self._watch.fenced(tp.partition)
+            if self._held.get(tp) is held:
+                self._soon(self._again(tp, self._reopen_s))
         except Exception as error:
             self._fail(error)
 
-    async def _lost(self, tp: TP, lost: _Held) -> None:
-        """Fenced off. The group mostly says so too; where it still has not, nobody else has the partition."""
-        if self._held.get(tp) is lost:
-            await self._let_go(tp, 0.0)
-            waiting = self._held[tp] = _Held()
-            await asyncio.sleep(self._reopen_s)
-            if self._held.get(tp) is waiting:
-                log.info("nobody else has the partition, opening it again", topic=tp.topic, partition=tp.partition)
-                self._tell_assignment()
-                self.begin(tp)
+    async def _again(self, tp: TP, after_s: float) -> None:
+        """Closes it, and opens it again unless the group says meanwhile that it is somebody else's."""
+        await self._let_go(tp, 0.0)
+        await asyncio.sleep(after_s)
+        if self._ours is not None and tp in self._ours and tp not in self._held:
+            log.info("opening the partition again", topic=tp.topic, partition=tp.partition)
+            self._tell_assignment()
+            self.begin(tp)
 
     async def _let_go(self, tp: TP, flush_s: float) -> None:
+        """Returns when it is closed, whoever began that."""
         held = self._held.pop(tp, None)
-        if held is None:
-            return
-        await _ended(held.opening)
-        if tp.topic == self._counted:
-            self._watch.let_go(tp.partition)
-        if held.opened is not None:
-            held.opened.closing.set()
-            async with held.step:
-                await held.opened.flush(flush_s)
-                await _ended(held.running)
-                await held.opened.close()
+        if held is not None:
+            task = self._closing[tp] = asyncio.create_task(self._closed(tp, held, flush_s))
+            task.add_done_callback(lambda done: self._closing.pop(tp, None))
+        if (closing := self._closing.get(tp)) is not None:
+            await asyncio.shield(closing)
+
+    async def _closed(self, tp: TP, held: _Held, flush_s: float) -> None:
+        try:
+            await _ended(held.opening)
+            if tp.topic == self._counted:
+                self._watch.let_go(tp.partition)
+            if held.opened is not None:
+                held.opened.closing.set()
+                async with held.step:
+                    await held.opened.flush(flush_s)
+                    await _ended(held.running)
+                    await held.opened.close()
+        except Exception as error:
+            self._fail(error)
 
     def _soon(self, coroutine: Any) -> None:
+        def done(task: asyncio.Task[None]) -> None:
+            self._later.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self._fail(error)
+
         task = asyncio.create_task(coroutine)
         self._later.add(task)
-        task.add_done_callback(self._later.discard)
+        task.add_done_callback(done)
 
 
 async def _ended(task: asyncio.Task[None] | None) -> None:

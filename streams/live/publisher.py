@@ -128,8 +128,7 @@ class Publisher:
             except (KafkaError, TimeoutError) as error:
                 self._watch.waits(self._partition, Stage.PUBLISH, error)
                 await asyncio.sleep(RETRY_S)
-                await self._begin_anew()
-                last, end = await self._last_marker()
+                last, end = await self._stands_at()
                 owner = None if last is None else last.owner
                 if last is not None and (owner is None or owner.session != self._session):
                     raise ProducerFenced("another worker has told of this partition since") from None
@@ -152,6 +151,16 @@ class Publisher:
 
     async def _send(self, batch: EncodedBatch, topic: str) -> asyncio.Future[Any]:
         return await send_batch(self._producer, batch, topic, self._partition)
+
+    async def _stands_at(self) -> tuple[Marker | None, int]:
+        """With a new producer: the changelog's last marker, and its end."""
+        while True:
+            await self._begin_anew()
+            try:
+                return await self._last_marker()
+            except (KafkaError, TimeoutError) as error:
+                self._watch.waits(self._partition, Stage.PUBLISH, error)
+                await asyncio.sleep(RETRY_S)
 
     async def _begin_anew(self) -> None:
         """A new producer of the same id: the old one's open transaction is aborted, whatever became of it.

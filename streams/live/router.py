@@ -7,6 +7,7 @@ once for readers of committed records, whatever dies when. From there on, the or
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 
@@ -33,8 +34,10 @@ Started = Callable[[], Awaitable[AIOKafkaProducer]]
 """A started producer with the partition's transactional id: it fences off the one before."""
 GroupOffset = Callable[[TP], Awaitable[int | None]]
 """What the group has committed of a partition; None: nothing yet."""
-CommittedOffset = Callable[[], Awaitable[int]]
-"""Where the group goes on in the partition."""
+CommittedOffset = Callable[[], Awaitable[int | None]]
+"""What the group has committed of the partition; None: nothing yet."""
+STOP_S = 5.0
+"""How long a producer may take to stop"""
 
 
 class RoutedPartition:
@@ -69,21 +72,21 @@ class RoutedPartition:
         """Nothing: the transactions commit the group's offset."""
         return None
 
-    async def set_back(self) -> None:
-        """There is no store that could come back at an earlier offset."""
-
     async def begin_anew(self) -> None:
-        """After a failed transaction: aborts it, and finds out whether it was committed after all."""
-        await self.producer.stop()
+        """After a failed transaction: aborts it, and sees whether it was committed after all. Raises KafkaError."""
+        with contextlib.suppress(KafkaError, TimeoutError):
+            await asyncio.wait_for(self.producer.stop(), STOP_S)
         self.producer = await self._new_producer()
-        self.next_offset = await self._committed()
+        committed = await self._committed()
+        self.next_offset = self.next_offset if committed is None else max(committed, self.next_offset)
 
     async def flush(self, flush_s: float) -> None:
         """Every step ends with its transaction."""
 
     async def close(self) -> None:
         """See ``ownership.Opened``."""
-        await self.producer.stop()
+        with contextlib.suppress(KafkaError, TimeoutError):
+            await asyncio.wait_for(self.producer.stop(), STOP_S)
 
 
 class RouterOpener:
@@ -110,15 +113,15 @@ class RouterOpener:
                 raise
             return producer
 
-        async def committed() -> int:
-            offset, span = await self._group_offset(tp), await self._source.span(partition)
-            if offset is None:
-                return span.start if self._stream.start == "earliest" else span.end
-            return max(offset, span.start)
+        async def committed() -> int | None:
+            return await self._group_offset(tp)
 
         producer = await started()
         try:
-            return RoutedPartition(tp, await committed(), producer, started, committed)
+            offset, span = await committed(), await self._source.span(partition)
+            first = span.start if self._stream.start == "earliest" else span.end
+            begin = first if offset is None else max(offset, span.start)
+            return RoutedPartition(tp, begin, producer, started, committed)
         except BaseException:
             await producer.stop()
             raise
@@ -147,23 +150,31 @@ class Router:
 
     async def apply(self, opened: RoutedPartition, chunk: Chunk, end: int) -> None:
         """Routes a chunk's events; on return they are committed. Raises ProducerFenced, Closing."""
-        decoded, batches = await asyncio.get_running_loop().run_in_executor(self._decoding, self._routed, chunk)
-        if decoded.poison:
-            await self._dead_letters.send(chunk, decoded.poison)
-            self._watch.set_aside(poison.reason for poison in decoded.poison)
+        failed = False
         while opened.next_offset < chunk.next_offset:
             if opened.closing.is_set():
                 raise Closing
             try:
-                await self._transaction(opened, chunk, batches)
-                opened.next_offset = chunk.next_offset
+                if failed:
+                    await opened.begin_anew()
+                    failed = False
+                await self._once(opened, _rest(chunk, opened.next_offset))
             except ProducerFenced:
                 opened.fenced()
                 raise
             except (KafkaError, TimeoutError) as error:
+                failed = True
                 self._watch.waits(opened.tp.partition, Stage.PUBLISH, error)
                 await asyncio.sleep(RETRY_S)
-                await opened.begin_anew()
+
+    async def _once(self, opened: RoutedPartition, chunk: Chunk) -> None:
+        loop = asyncio.get_running_loop()
+        decoded, batches = await loop.run_in_executor(self._decoding, self._routed, chunk)
+        if decoded.poison:
+            await self._dead_letters.send(chunk, decoded.poison)
+            self._watch.set_aside(poison.reason for poison in decoded.poison)
+        await self._transaction(opened, chunk, batches)
+        opened.next_offset = chunk.next_offset
 
     def _routed(self, chunk: Chunk) -> tuple[Decoded, dict[int, list[EncodedBatch]]]:
         decoded = self._decode(chunk)
@@ -182,3 +193,9 @@ class Router:
         await asyncio.gather(*sent)
         await producer.send_offsets_to_transaction({TopicPartition(*opened.tp): chunk.next_offset}, self._group)
         await producer.commit_transaction()
+
+
+def _rest(chunk: Chunk, offset: int) -> Chunk:
+    """The chunk's records from this offset on; another router may have committed those before."""
+    first = int(np.searchsorted(chunk.offset, offset))
+    return chunk if first == 0 else chunk.part(first, len(chunk))

@@ -8,19 +8,19 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from state.exceptions import ChangelogError, StoreError
+from state.exceptions import StoreError
 from state.outbox import standing
 from state.store import RocksUserStore
 from state.takeover import follow
 from streams.kafka.chunk import Chunk
 from streams.live.recovery import Recovery
-from streams.live.topic_reader import TopicReader, records_of
+from streams.live.topic_reader import Stopped, TopicReader, records_of
 from streams.live.watch import Watch
 
 log = structlog.get_logger("coldstream")
@@ -111,7 +111,7 @@ class Standby:
                 return
             try:
                 copy = await self._in_thread(lambda: self._recovery.recovered(partition, self._stopped))
-            except (StoreError, ValueError) as error:
+            except (StoreError, Stopped, ValueError) as error:
                 log.info("no copy is kept for now", partition=partition, reason=str(error))
                 self._not_before[partition] = time.monotonic() + AGAIN_S
                 return
@@ -125,8 +125,9 @@ class Standby:
                 return  # its new owner has it
             try:
                 await self._in_thread(lambda: self._apply(copy, chunks))
-            except ChangelogError as error:
+            except StoreError as error:
                 log.warning("a copy is made anew", partition=partition, reason=str(error))
+                self._not_before[partition] = time.monotonic() + AGAIN_S
                 await self._close(partition)
                 return
             self._watch.metrics.follows(partition, max(end - chunks[-1].next_offset, 0))
@@ -145,7 +146,16 @@ class Standby:
             await self._in_thread(copy.close)
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        """Cancelled, it waits for the work's end: the thread may ask the loop, and the copy is closed after it."""
+        future = asyncio.get_running_loop().run_in_executor(self._executor, work)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            self._stopped.set()
+            await asyncio.wait({future})
+            if not future.cancelled() and future.exception() is None and isinstance(future.result(), RocksUserStore):
+                await asyncio.get_running_loop().run_in_executor(self._executor, cast(Any, future.result()).close)
+            raise
 
 
 async def _nothing() -> dict[TopicPartition, list[Chunk]]:

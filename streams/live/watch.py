@@ -87,7 +87,6 @@ class Watch:
         """Another worker has opened it."""
         self.metrics.fenced()
         self.health.fenced(partition)
-        log.warning("another worker has opened the partition", partition=partition)
 
     def waits(self, partition: int, stage: Stage, error: BaseException) -> None:
         """Something outside does not do its part; it is tried again."""

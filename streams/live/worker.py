@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +42,8 @@ from streams.live.watch import Watch
 
 log = structlog.get_logger("coldstream")
 
+LAST_RESORT_S = 5.0
+"""After ``worker.shutdown_s``: then the process ends, whatever still waits; nothing that was committed is lost by it"""
 RESTORE_THREADS = 2
 """Partitions that are opened side by side"""
 
@@ -66,10 +70,15 @@ class Worker:
             loop.add_signal_handler(name, self._end.set)
         worker, watch = self._settings.worker, self._watch
         health = HealthServer(watch.health, watch.metrics.registry, worker.metrics_host, worker.metrics_port)
-        with health, ThreadPoolExecutor(1, "adapt") as adapting, ThreadPoolExecutor(RESTORE_THREADS) as restoring:
+        adapting, restoring = ThreadPoolExecutor(1, "adapt"), ThreadPoolExecutor(RESTORE_THREADS, "restore")
+        with health:
             log.info("metrics and health", host=worker.metrics_host, port=health.port)
-            async with LoopMonitor(watch.metrics, watch.health.beat):
-                await self._work(Threads(adapting, restoring))
+            try:
+                async with LoopMonitor(watch.metrics, watch.health.beat):
+                    await self._work(Threads(adapting, restoring))
+            finally:
+                for threads in (restoring, adapting):  # a thread may still ask the loop for something
+                    await asyncio.to_thread(threads.shutdown)
         if self._failure is not None:
             raise self._failure
 
@@ -125,13 +134,15 @@ class Worker:
         began, bound = time.monotonic(), self._settings.worker.shutdown_s
         self._watch.health.stopping()
         log.info("stopping", within_s=bound)
+        _end_at_the_latest(bound + LAST_RESORT_S)
         app.batches.stop_flow()
-        try:
-            async with asyncio.timeout(bound):
-                await owned.close(bound / 2)
-                await app.stop()
-        except TimeoutError:
-            log.error("could not stop in time; the next owner takes over from the outbox and the changelog")
+        for part, share in ((owned.close(bound / 2), 0.7), (app.stop(), 0.3)):
+            try:
+                await asyncio.wait_for(part, bound * share)
+            except TimeoutError:
+                log.error("could not stop in time; the next owner takes over from the outbox and the changelog")
+            except Exception as error:
+                self._failure = self._failure or error
         log.info("stopped", seconds=round(time.monotonic() - began, 3))
 
     @contextlib.asynccontextmanager
@@ -162,3 +173,13 @@ class Worker:
             yield DeadLetters(producer, topic.name, worker_name(self._settings), largest=topic.max_message_bytes)
         finally:
             await producer.stop()
+
+
+def _end_at_the_latest(seconds: float) -> None:
+    def end() -> None:
+        log.critical("the process ends now, though something still waits", after_s=seconds)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()

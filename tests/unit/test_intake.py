@@ -21,13 +21,20 @@ SOURCE = TP("source", 2)
 class Opened:
     next_offset: int = 40
 
-    async def set_back(self) -> None:
-        self.next_offset = 7
+
+class Records(str):
+    """A chunk, by its name."""
+
+    offset = (40,)
 
 
 class Owned:
     def __init__(self, opened: Opened | None) -> None:
         self.opened = opened
+        self.reopened: list[TP] = []
+
+    def reopen(self, tp: TP) -> None:
+        self.reopened.append(tp)
 
     @asynccontextmanager
     async def step(self, tp: TP):
@@ -80,7 +87,7 @@ class Desk:
 
 
 def delivery(number: int, *chunks: str, begun: int = 1) -> Delivery:
-    return Delivery(chunks, begun, number)  # type: ignore[arg-type]
+    return Delivery(tuple(map(Records, chunks)), begun, number)  # type: ignore[arg-type]
 
 
 def test_deliveries_are_applied_chunk_by_chunk() -> None:
@@ -126,8 +133,15 @@ def test_any_other_error_ends_the_worker_and_does_not_reach_faust() -> None:
     assert [str(error) for error in desk.failures] == ["broken"]
 
 
-def test_a_store_that_came_back_at_an_earlier_offset_is_fed_from_there() -> None:
+def test_a_store_that_came_back_at_an_earlier_offset_is_opened_again() -> None:
     desk = Desk(error=StoreRolledBack("back at 6"))
     desk.take(delivery(0, "a"))
     assert desk.failures == []
-    assert desk.consumer.rewound == [(SOURCE, 7)]
+    assert desk.owned.reopened == [SOURCE]
+
+
+def test_a_source_that_begins_anew_is_opened_again_before_anything_of_it_is_applied() -> None:
+    desk = Desk(Opened(next_offset=41))
+    desk.take(delivery(0, "a"))
+    assert desk.applied == []
+    assert desk.owned.reopened == [SOURCE]

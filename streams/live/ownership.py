@@ -160,9 +160,14 @@ class Ownership:
         """Tells how far behind each open partition is, now and then, until it is cancelled: events may come or not."""
         while True:
             for tp, held in self._held.items():
-                end = self.consumer.highwater(tp) if tp.topic == self._counted and held.opened is not None else None
-                if held.opened is not None and end is not None:
-                    self._watch.lag(tp.partition, max(end - held.opened.next_offset, 0))
+                end = None if held.opened is None else self.consumer.highwater(tp)
+                if held.opened is None or end is None:
+                    continue
+                lag = max(end - held.opened.next_offset, 0)
+                if tp.topic == self._counted:
+                    self._watch.lag(tp.partition, lag)
+                else:
+                    self._watch.routed(f"{tp.topic}/{tp.partition}", held.opened.next_offset, lag)
             await asyncio.sleep(LAG_S)
 
     async def revoke(self, tps: set[TP], flush_s: float = FLUSH_S) -> None:
@@ -244,6 +249,8 @@ class Ownership:
             await _ended(held.opening)
             if tp.topic == self._counted:
                 self._watch.let_go(tp.partition)
+            else:
+                self._watch.no_longer_routed(f"{tp.topic}/{tp.partition}")
             if held.opened is not None:
                 held.opened.closing.set()
                 async with held.step:

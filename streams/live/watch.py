@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import structlog
 
@@ -20,9 +21,15 @@ log = structlog.get_logger("coldstream")
 class Watch:
     """Facts of the adapted partitions; see ``WorkerMetrics`` and ``Health`` for what becomes of them."""
 
-    def __init__(self, metrics: WorkerMetrics, health: Health) -> None:
+    def __init__(
+        self, metrics: WorkerMetrics, health: Health, stall_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.metrics = metrics
         self.health = health
+        self._stall_s = stall_s
+        self._clock = clock
+        self._routed: dict[str, tuple[int, float]] = {}
+        """(next offset, since when it is that)"""
 
     def rebalanced(self, partitions: set[int]) -> None:
         """The group has given this worker these partitions, and no others."""
@@ -75,6 +82,24 @@ class Watch:
         """Events that wait at the brokers or on their way."""
         self.metrics.lag(partition, events, applied_timestamp_ms)
         self.health.lag(partition, events)
+
+    def routed(self, name: str, next_offset: int, lag: int) -> None:
+        """How far the router has come in a partition of the source; one that stands still is a dead agent."""
+        now = self._clock()
+        before, since = self._routed.get(name, (next_offset, now))
+        since = since if lag and next_offset == before else now
+        self._routed[name] = next_offset, since
+        if now - since > self._stall_s:
+            self.health.agent_died(
+                f"router of {name}", f"{lag} events wait, and nothing has moved for {now - since:.0f} s"
+            )
+        else:
+            self.health.agent_runs(f"router of {name}")
+
+    def no_longer_routed(self, name: str) -> None:
+        """Another worker routes it."""
+        self._routed.pop(name, None)
+        self.health.agent_runs(f"router of {name}")
 
     def published(self, partition: int, rows: int, pending_commits: int, progress: Progress | None) -> None:
         """The changelog has acknowledged so many rows, up to this progress."""

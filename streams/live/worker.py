@@ -59,6 +59,7 @@ class Worker:
         self._watch = Watch(
             WorkerMetrics(metadata.version("coldstream"), artifact.fingerprint),
             Health(settings.worker, time.monotonic),
+            settings.worker.stall_s,
         )
         self._end = asyncio.Event()
         self._failure: BaseException | None = None

@@ -1,0 +1,165 @@
+"""What a store has committed is told in transactions, again if need be, never by one who lost the partition."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from aiokafka.errors import KafkaTimeoutError, ProducerFenced
+
+from configs.settings import WorkerSettings
+from learner.user_state import RowLayout
+from state.codec import Progress
+from state.keys import LAYOUT_KEY, OWNER_KEY, PROGRESS_KEY, STANDING_KEY, user_key
+from state.memory_store import MemoryUserStore
+from state.outbox import Outbox, commit, standing
+from state.outbox_codec import SESSION_BYTES, Owner, Standing
+from state.takeover import Marker
+from streams.kafka.batch_reading import read_chunks
+from streams.live import publisher
+from streams.live.health import Health
+from streams.live.metrics import WorkerMetrics
+from streams.live.publisher import Publisher, Topics
+from streams.live.watch import Watch
+
+LAYOUT = RowLayout("gradient", 2, 0, 0)
+SESSION, OTHER = bytes(range(SESSION_BYTES)), bytes(SESSION_BYTES - 1) + b"x"
+DEADLINE_S = 5.0
+
+
+class Producer:
+    """A broker's side of one producer."""
+
+    def __init__(self, log: list[tuple[bytes, bytes | None]], refuse: Exception | None) -> None:
+        self.log, self.refuse = log, refuse
+        self.open: list[tuple[bytes, bytes | None]] = []
+        self._txn_manager = SimpleNamespace(transactional_id="t")
+
+    async def start(self) -> None: ...
+
+    async def stop(self) -> None: ...
+
+    async def begin_transaction(self) -> None:
+        self.open = []
+
+    async def send_batch(self, batch: Any, topic: str, *, partition: int) -> asyncio.Future[Any]:
+        assert (topic, partition) == ("changelog", 3)
+        first = len(self.log) + len(self.open)
+        for chunk in read_chunks(bytes(batch._build()), topic, partition, 0):
+            self.open += [(chunk.key(k), chunk.value(k)) for k in range(len(chunk))]
+        future = asyncio.get_running_loop().create_future()
+        future.set_result(SimpleNamespace(offset=first))
+        return future
+
+    async def commit_transaction(self) -> None:
+        if self.refuse is not None:
+            refuse, self.refuse = self.refuse, None
+            raise refuse
+        self.log += self.open
+
+
+class Desk:
+    def __init__(self, *refusals: Exception | None, marker: Marker | None = None) -> None:
+        self.log: list[tuple[bytes, bytes | None]] = []
+        self.refusals = list(refusals)
+        self.marker = marker
+        self.store = MemoryUserStore(LAYOUT)
+        empty = np.zeros((0, LAYOUT.row_bytes), np.uint8)
+        self.store.write_batch([], empty, None, own={STANDING_KEY: Standing(SESSION, 0, 7).encode()})
+        self.outbox = Outbox(self.store, SESSION)
+        watch = Watch(WorkerMetrics("1", "m"), Health(WorkerSettings(), lambda: 0.0), 60.0)
+        self.publisher = Publisher(
+            3, self.outbox, LAYOUT, SESSION, Topics("changelog", None), self.new_producer, self.new_producer(),
+            self.last_marker, watch,
+        )  # fmt: skip
+
+    def new_producer(self) -> Any:
+        return Producer(self.log, self.refusals.pop(0) if self.refusals else None)
+
+    async def last_marker(self) -> tuple[Marker | None, int]:
+        return self.marker, 77
+
+    def commits(self, offset: int, *users: bytes) -> None:
+        rows = np.full((len(users), LAYOUT.row_bytes), offset, np.uint8)
+        commit(self.store, self.outbox, list(users), rows, Progress(offset, 0))
+        self.publisher.wake()
+
+    def play(self, scenario: Callable[[], Awaitable[None]]) -> BaseException | None:
+        async def playing() -> BaseException | None:
+            running = asyncio.create_task(self.publisher.run())
+            async with asyncio.timeout(DEADLINE_S):
+                told = asyncio.create_task(scenario())
+                await asyncio.wait({running, told}, return_when=asyncio.FIRST_COMPLETED)
+            told.cancel()
+            error = running.exception() if running.done() else None
+            running.cancel()
+            return error
+
+        return asyncio.run(playing())
+
+
+@pytest.fixture(autouse=True)
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publisher, "RETRY_S", 0.0)
+
+
+def test_rows_then_layout_owner_and_marker_and_then_the_outbox_is_empty() -> None:
+    desk = Desk()
+
+    async def scenario() -> None:
+        desk.commits(4, b"ann", b"bob")
+        desk.commits(6, b"ann")
+        await desk.publisher.until_pending(0, 0)
+
+    assert desk.play(scenario) is None
+    assert [key for key, _ in desk.log] == [user_key(b"ann"), user_key(b"bob"), LAYOUT_KEY, OWNER_KEY, PROGRESS_KEY]
+    assert desk.log[0][1] == desk.store.stored_row(b"ann")
+    assert Owner.decode(desk.log[3][1] or b"") == Owner(SESSION, 2)
+    assert Progress.decode(desk.log[4][1] or b"").offset == desk.publisher.told_offset == 6
+    desk.outbox.trim()
+    stands = standing(desk.store)
+    assert stands is not None
+    assert stands.position == 5
+
+
+def test_a_transaction_that_failed_is_made_again() -> None:
+    desk = Desk(KafkaTimeoutError("slow"))
+
+    async def scenario() -> None:
+        desk.commits(4, b"ann")
+        await desk.publisher.until_pending(0, 0)
+
+    assert desk.play(scenario) is None
+    assert [key for key, _ in desk.log] == [user_key(b"ann"), LAYOUT_KEY, OWNER_KEY, PROGRESS_KEY]
+
+
+def test_one_whose_answer_was_lost_is_not_made_twice() -> None:
+    desk = Desk(KafkaTimeoutError("slow"), marker=Marker(Owner(SESSION, 1), Progress(4, 0)))
+
+    async def scenario() -> None:
+        desk.commits(4, b"ann")
+        await desk.publisher.until_pending(0, 0)
+
+    assert desk.play(scenario) is None
+    assert desk.log == []
+    assert desk.publisher.told_offset == 4
+
+
+@pytest.mark.parametrize(
+    ("refusal", "marker"),
+    [(ProducerFenced(), None), (KafkaTimeoutError("slow"), Marker(Owner(OTHER, 1), Progress(9, 0)))],
+)
+def test_whoever_lost_the_partition_tells_nothing(refusal: Exception, marker: Marker | None) -> None:
+    desk = Desk(refusal, marker=marker)
+
+    async def scenario() -> None:
+        desk.commits(4, b"ann")
+        await desk.publisher.until_pending(0, 0)
+
+    assert isinstance(desk.play(scenario), ProducerFenced)
+    assert desk.log == []
+    assert desk.outbox.pending_commits == 1

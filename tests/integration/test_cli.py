@@ -19,7 +19,10 @@ from streams.replay import RunProgress
 HEADER = "user_id,item_id,label,event_time_ms\n"
 ROOT = Path(__file__).parents[2]
 
-COMMANDS = ("", "train", "backtest", "query", "generate", "config", "config check", "config show")
+COMMANDS = (
+    "", "train", "backtest", "query", "generate", "config", "config check", "config show", "worker", "play",
+    "dead-letters", "dead-letters list", "dead-letters replay",
+)  # fmt: skip
 
 
 @pytest.fixture

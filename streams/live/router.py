@@ -18,6 +18,7 @@ from faust.types import TP
 
 from configs.settings import StreamSettings
 from streams.decoding.decoded import Decoded
+from streams.decoding.exceptions import RegistryUnavailable
 from streams.kafka.chunk import Chunk
 from streams.kafka.prebuilt import send_batch
 from streams.kafka.record_batch import EncodedBatch
@@ -162,6 +163,9 @@ class Router:
             except ProducerFenced:
                 opened.fenced()
                 raise
+            except RegistryUnavailable as error:
+                self._watch.waits(opened.tp.partition, Stage.DECODE, error)
+                await asyncio.sleep(RETRY_S)
             except (KafkaError, TimeoutError) as error:
                 failed = True
                 self._watch.waits(opened.tp.partition, Stage.PUBLISH, error)

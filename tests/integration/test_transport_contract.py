@@ -44,7 +44,12 @@ def test_faust_is_the_version_that_was_read() -> None:
         (base.Consumer._get_active_partitions, ["self"]),
         (base.Consumer._new_offset, ["self", "tp"]),
         (base.Consumer._add_gap, ["self", "tp", "offset_from", "offset_to"]),
+        (base.Consumer._should_commit, ["self", "tp", "offset"]),
+        (base.Consumer.on_buffer_drop, ["self", "tp"]),
         (base.ThreadDelegateConsumer._commit, ["self", "offsets"]),
+        (driver.Consumer.verify_event_path, ["self", "now", "tp"]),
+        (driver.AIOKafkaConsumerThread.call_thread, ["self", "fun", "args", "kwargs"]),
+        (driver.ensure_aiokafka_TP, ["tp"]),
         (base.ThreadDelegateConsumer.seek_to_committed, ["self"]),
         (aiokafka.AIOKafkaConsumer.seek, ["self", "partition", "offset"]),
         (aiokafka.AIOKafkaConsumer.committed, ["self", "partition"]),
@@ -58,7 +63,9 @@ def test_what_is_overridden_is_still_called_by_the_loop_that_fetches() -> None:
     drain = inspect.getsource(base.Consumer._drain_messages)
     for name in ("getmany", "_add_gap", "_read_offset", "suspend_flow"):
         assert name in drain
-    assert "_new_offset" in inspect.getsource(base.Consumer._filter_committable_offsets)
+    committable = inspect.getsource(base.Consumer._filter_committable_offsets)
+    assert committable.index("_new_offset") < committable.index("_should_commit")
+    assert "verify_event_path" in inspect.getsource(base.Consumer.verify_all_partitions_active)
     assert "seek_to_committed" in inspect.getsource(base.Consumer.perform_seek)
     assert "_fetch_records" in inspect.getsource(driver.AIOKafkaConsumerThread.getmany)
     assert "_create_worker_consumer" in inspect.getsource(driver.AIOKafkaConsumerThread._create_consumer)

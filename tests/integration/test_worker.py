@@ -12,6 +12,7 @@ import pytest
 
 from state.snapshots.manifest import partition_name
 from streams.kafka.partitioning import partition_of
+from streams.live.metrics import REBALANCES
 from tests.faults.live.judge import judged
 from tests.faults.live.playing import START_MS, Sent, committed_records, ends, event, send
 from tests.faults.live.stage import Stage, staged
@@ -136,6 +137,30 @@ def test_an_event_that_comes_again_after_a_restart_is_dropped(tmp_path, kafka_bo
             assert worker.wait() == 0
 
 
+def test_a_restart_of_a_named_worker_moves_no_partition_and_loses_nothing(tmp_path, kafka_bootstrap) -> None:
+    """Within the session timeout, which is longer than a start takes."""
+    patient = {"kafka": {"session_timeout_ms": 20_000}}
+    with staged(tmp_path, kafka_bootstrap, 4, sections=patient) as stage:
+        workers = left, stays = WorkerProcess(stage, "left", static=True), WorkerProcess(stage, "stays", static=True)
+        with crew(*workers):
+            for worker in workers:
+                worker.start()
+            until_owned(workers, 4, OWNED_S, members=2)
+            before = {worker.name: set(worker.partitions()) for worker in workers}
+            rebalances = stays.metric(REBALANCES)
+            left.term()
+            assert left.wait() == 0
+            send(stage.bootstrap, stage.topic, clicks(4))
+            left.start()
+            until_owned(workers, 4, OWNED_S, members=2)
+            until_settled(workers, ends(stage.bootstrap, stage.topic), SETTLED_S)
+            assert {worker.name: set(worker.partitions()) for worker in workers} == before
+            assert stays.metric(REBALANCES) == rebalances
+            verdict = judge(stage, workers)
+    assert verdict.events == verdict.predictions == EVENTS
+    assert verdict.repeated == 0
+
+
 def command(stage: Stage, state: Path | None, *options: str) -> subprocess.CompletedProcess[str]:
     """The worker, which is expected to end by itself."""
     where = [] if state is None else ["--state", str(state)]
@@ -161,6 +186,12 @@ def test_what_a_user_can_mend_is_one_line(tmp_path, kafka_bootstrap) -> None:
         assert "kafka-topics.sh --bootstrap-server" in missing
         assert "--create --topic" in missing
         assert stage.changelog in missing
+        narrow = create_topic(stage.bootstrap, f"{stage.topic}-narrow", 1, cleanup_policy="compact")
+        try:
+            said = error_of(command(stage, tmp_path / "s", f"stream.topics.changelog={narrow}"))
+        finally:
+            delete_topics(stage.bootstrap, narrow)
+        assert f"topic {narrow} (stream.topics.changelog) has 1 partitions, but {stage.topic} has 2" in said
 
 
 @pytest.mark.parametrize("changed", ["changelog", "source"])

@@ -45,3 +45,25 @@ def test_another_form_is_refused() -> None:
     columns[0] = 2
     with pytest.raises(ValueError, match="packed predictions are of form 2, this program reads 1"):
         unpack(msgspec.msgpack.encode(columns), 0)
+
+
+def test_a_record_reads_as_documented() -> None:
+    _, (value, _) = unpack(packed([("Zoë\n", "i9", 1, -2.25, 0.1, True), ("b", "i8", 0, 1.0, 0.5, True)]), 3)
+    assert value == (
+        b'{"user_id":"Zo\xc3\xab\\n","item_id":"i9","label":1,"probability":0.10000000149011612,"logit":-2.25,'
+        b'"event_time_ms":1000,"source_partition":3,"source_offset":10,"meta_version":7}'
+    )
+
+
+def test_ids_that_no_applied_event_names_are_not_kept() -> None:
+    payload = packed([("ann", "i1", 1, 0.0, 0.5, False), ("bob", "i2", 1, 0.0, 0.5, True)])
+    assert [word in payload for word in (b"bob", b"i2", b"ann", b"i1")] == [True, True, False, False]
+
+
+def test_bytes_that_are_no_predictions_are_refused() -> None:
+    good = packed([("u", "i", 1, 0.5, 0.6, True)])
+    columns = msgspec.msgpack.decode(good)
+    longer = msgspec.msgpack.encode([*columns[:-1], 2 * columns[-1]])
+    for broken in (b"", b"\xc1", good[:-1], longer):
+        with pytest.raises(ValueError, match=r"."):
+            unpack(broken, 0)

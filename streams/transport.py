@@ -2,11 +2,11 @@
 a partition begins and what is committed.
 
 Faust stays what it is good at: groups, rebalancing, agents, starting and stopping. Its path for single messages does
-11 to 14 thousand events a second of one core, so a batched topic goes around it in six places, all private to
+11 to 14 thousand events a second of one core, so a batched topic goes around it in some places, all private to
 Faust 0.15.3 and held by ``tests/integration/test_transport_contract.py``:
 
     ``getmany``             hands on one message for each partition and poll; its value is a ``Delivery``
-    ``_add_gap``            Faust's list of gaps stops its commits where a topic has holes
+    ``_read_offset``        none: Faust would drop what is read again, and note holes, which end its commits
     ``_new_offset``         what may be committed is the store's matter (``Source.committable``)
     ``_should_commit``      a commit that the brokers refuse is made again
     ``verify_event_path``   health is the worker's matter, and Faust's look at it can end the app
@@ -133,7 +133,6 @@ class BatchConsumer(driver.Consumer):
     async def rewind(self, tp: TP, offset: int) -> None:
         """Sets the partition's position; deliveries that are under way are of before (``Delivery.begun``)."""
         await self._batches.call_thread(self._batches.set_position, tp, offset)
-        self._read_offset[tp] = offset or None
 
     def taken(self) -> None:
         """An agent has begun with a delivery."""
@@ -151,11 +150,6 @@ class BatchConsumer(driver.Consumer):
         """Ends the pause that came with the partition's assignment."""
         await self.rewind(tp, offset)
         self.resume_partitions({tp})
-        self._some_active.set()
-
-    def on_buffer_drop(self, tp: TP) -> None:
-        """An agent has room again for what it could not take."""
-        super().on_buffer_drop(tp)
         self._some_active.set()
 
     @property
@@ -182,7 +176,7 @@ class BatchConsumer(driver.Consumer):
             self.app.monitor.track_tp_end_offset(tp, self.highwater(tp))
             if tp.topic in self._source.topics:
                 self._waiting += 1
-                self._read_offset[tp] = None  # Faust would drop what is read again; deliveries are numbered
+                self._read_offset[tp] = None
             yield tp, message
 
     async def _wait_for_room(self) -> None:
@@ -212,10 +206,6 @@ class BatchConsumer(driver.Consumer):
             generation_id=self.app.consumer_generation_id,
         )  # fmt: skip
         return [(tp, message)]
-
-    async def _add_gap(self, tp: TP, offset_from: int, offset_to: int) -> None:
-        if tp.topic not in self._source.topics:
-            await super()._add_gap(tp, offset_from, offset_to)
 
     def _new_offset(self, tp: TP) -> int | None:
         if tp.topic not in self._source.topics:

@@ -33,7 +33,8 @@ def worker(
     from streams.live.logs import Secrets, configure_logs
     from streams.live.worker import Worker
 
-    configure_logs(sys.stderr, Secrets(), worker=worker_name(settings))
+    secrets = Secrets()
+    configure_logs(sys.stderr, secrets, worker=worker_name(settings))
     sys.setswitchinterval(SWITCH_S)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(Worker(settings, model).run())
+        runner.run(Worker(settings, model, secrets).run())

@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import structlog
@@ -23,12 +22,13 @@ from state.outbox import Outbox
 from streams.decoding.decoded import Decoded
 from streams.decoding.exceptions import RegistryUnavailable
 from streams.kafka.chunk import Chunk
+from streams.live.closing import Closable
 from streams.live.dead_letters import DeadLetters, PoisonWatch
 from streams.live.duplicates import DuplicateWindow
 from streams.live.metrics import Stage
 from streams.live.predictions import pack
 from streams.live.publisher import Publisher
-from streams.live.watch import Watch
+from streams.live.watch import Applied, Watch
 from streams.processor import Predictions, Processor
 
 log = structlog.get_logger("coldstream")
@@ -38,15 +38,10 @@ RETRY_S = 1.0
 PENDING_COMMITS, PENDING_BYTES = 64, 8 << 20
 """What may wait for the brokers' acknowledgement before a partition's events wait too"""
 
-Result = TypeVar("Result")
 Decode = Callable[[Chunk], Decoded]
 
 
-class Closing(Exception):
-    """The partition is to be let go: the step is given up, and its events come again."""
-
-
-class AdaptedPartition:
+class AdaptedPartition(Closable):
     """An open partition: ``ownership.Opened`` of the source topic."""
 
     def __init__(
@@ -59,13 +54,13 @@ class AdaptedPartition:
         poison: PoisonWatch,
         release: Callable[[], Awaitable[None]],
     ) -> None:
+        super().__init__()
         self.number = number
         self.next_offset = next_offset
         self.outbox = outbox
         self.publisher = publisher
         self.window = window
         self.poison = poison
-        self.closing = asyncio.Event()
         self._release = release
 
     async def run(self) -> None:
@@ -89,20 +84,6 @@ class AdaptedPartition:
         await self.publisher.close()
         await self._release()
 
-    async def unless_closing(self, work: Awaitable[Result]) -> Result:
-        """The result of ``work``. Raises Closing as soon as the partition is to be let go."""
-        task = asyncio.ensure_future(work)
-        closing = asyncio.ensure_future(self.closing.wait())
-        try:
-            await asyncio.wait({task, closing}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
-                raise Closing
-            return task.result()
-        finally:
-            closing.cancel()
-            if not task.done():
-                task.cancel()
-
 
 @dataclass(frozen=True, slots=True)
 class _Step:
@@ -112,6 +93,8 @@ class _Step:
     predictions: Predictions | None
     """None: there is something to set aside first"""
     duplicates: int = 0
+    guarded: int = 0
+    """Events whose update was refused, since it was not finite"""
 
 
 class AdaptationAgent:
@@ -146,9 +129,11 @@ class AdaptationAgent:
         owned.poison.seen(len(chunk), len(step.decoded.poison))
         self._watch.poison(owned.number, owned.poison.red)
         if step.predictions is not None:
+            applied = Applied(
+                int(step.predictions.applied.sum()), len(step.predictions.applied), step.duplicates, step.guarded
+            )
             lag = max(end - chunk.next_offset, 0)
-            pending = owned.outbox.pending_commits
-            self._watch.applied(owned.number, chunk, step.predictions, step.duplicates, lag, pending)
+            self._watch.applied(owned.number, chunk, applied, lag, owned.outbox.pending_commits)
         await owned.unless_closing(owned.publisher.until_pending(PENDING_COMMITS, PENDING_BYTES))
 
     async def _tried_until_done(self, owned: AdaptedPartition, chunk: Chunk) -> _Step:
@@ -186,11 +171,12 @@ class AdaptationAgent:
             repeated = owned.window.duplicates(events.offset, decoded.event_id)
             duplicates = int(repeated.sum())
             events = events.take(np.flatnonzero(~repeated)) if duplicates else events
+        guarded = self._processor.counts.guarded
         with self._watch.metrics.timed(Stage.ADAPT):
             predictions = self._processor.process(
                 owned.number, events, through=chunk.next_offset - 1, payload=self._payload
             )
-        return _Step(decoded, predictions, duplicates)
+        return _Step(decoded, predictions, duplicates, self._processor.counts.guarded - guarded)
 
     def _payload(self, events: Interactions, adapted: Adapted) -> bytes:
         return pack(events, adapted, self._processor.model.meta_version) if self._tell_predictions else b""

@@ -28,6 +28,7 @@ POLL_INTERVAL_S = 1800.0
 FETCH_WAIT_MS = 500
 """How long the brokers hold an empty answer back"""
 CHUNKS_A_POLL = 4
+"""Of all partitions together: the others' turn is the next poll"""
 
 
 class WorkerApp(faust.App):

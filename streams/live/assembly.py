@@ -100,7 +100,7 @@ class Assembly:
         stream, threads = self._stream, self._threads
         adapted, changelog = topics[adapted_topic(stream)], topics[stream.topics.changelog]
         self._recovery = Recovery(
-            self._settings.state, self._processor.layout, self._reader(changelog.name),
+            self._directory, self._settings.state, self._processor.layout, self._reader(changelog.name),
             changelog.delete_retention_ms, asyncio.get_running_loop(),
         )  # fmt: skip
         events_have_ids = self._settings.data.events.event_id is not None
@@ -119,7 +119,9 @@ class Assembly:
                 adapted.name, adapted.partitions, stream.group, self._decoder.decode, letters, self._watch,
                 threads.adapting,
             )  # fmt: skip
-            opener = RouterOpener(stream, self._new_producer, self._reader(stream.topic), group_offset)
+            opener = RouterOpener(
+                stream, self._new_producer, self._reader(stream.topic), group_offset, self._settings.worker.poison_share
+            )
             roles[stream.topic] = Role(opener.open, router.apply)
         return roles
 

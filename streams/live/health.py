@@ -3,7 +3,7 @@
 Live means that waiting may help; a worker that is not should be started anew. Ready means that users are up to date.
 
 Progress is judged partition by partition, so that one which is stuck is not hidden by others that run:
-- A partition *waits* while events lag behind, while it is restored, and while it has failed or is fenced.
+- A partition *waits* while events lag behind, while it is restored, and while it is fenced.
 - It *moves* when it has applied further offsets, or its restore has read more.
 - A restore of any partition counts as a move of all: others may have to wait for it, as the consumer is paused then.
 - One that waits, and has not moved for ``worker.stall_s``, is stalled, and the worker is not live.
@@ -21,6 +21,7 @@ from configs.settings import WorkerSettings
 
 ERROR_CHARACTERS = 300
 """How much of an error's text is shown: a probe's answer is read in one glance"""
+POISONED = "nearly all of its latest events cannot be used; see the dead letters (worker.poison_share)"
 
 
 class PartitionState(StrEnum):
@@ -29,7 +30,6 @@ class PartitionState(StrEnum):
     RESTORING = "restoring"
     """Its store is opened, or filled from the changelog"""
     RUNNING = "running"
-    FAILED = "failed"
     FENCED = "fenced"
     """Another worker owns it, though this one has not been told yet"""
 
@@ -69,6 +69,7 @@ class Health:
         self._stopping = False
         self._fatal: str | None = None
         self._dead_agents: dict[str, str] = {}
+        self._poisoned_sources: set[str] = set()
         self._beat_at = self._restore_moved_at = clock()
 
     # --- facts of the process ---
@@ -97,6 +98,11 @@ class Health:
         """The worker shuts down: not ready, and from here on only a fatal error makes it not live."""
         with self._lock:
             self._stopping = True
+
+    def source_poison(self, name: str, red: bool) -> None:
+        """Whether more than ``worker.poison_share`` of the latest events that a router read there could not be used."""
+        with self._lock:
+            (self._poisoned_sources.add if red else self._poisoned_sources.discard)(name)
 
     # --- facts of partitions ---
 
@@ -164,18 +170,11 @@ class Health:
 
     def fenced(self, partition: int) -> None:
         """A write to its changelog was refused, for another worker owns it."""
-        self._broken(partition, PartitionState.FENCED, "another worker owns it")
-
-    def failed(self, partition: int, error: str) -> None:
-        """Its events are not applied, because of this error. ``restoring`` or ``running`` ends that."""
-        self._broken(partition, PartitionState.FAILED, _short(error))
-
-    def _broken(self, partition: int, state: PartitionState, error: str) -> None:
         with self._lock:
             if found := self._partitions.get(partition):
                 if not found.waits:
                     found.since = self._clock()
-                found.state, found.error = state, error
+                found.state, found.error = PartitionState.FENCED, "another worker owns it"
 
     # --- answers ---
 
@@ -200,6 +199,7 @@ class Health:
                 problems.append("stopping")
             if not self._joined:
                 problems.append("no partitions were assigned yet")
+            problems += (f"source {name}: {POISONED}" for name in sorted(self._poisoned_sources))
             for number, found in sorted(self._partitions.items()):
                 problems += (f"partition {number}: {problem}" for problem in self._behind(found))
             return tuple(problems)
@@ -245,7 +245,7 @@ class Health:
         elif found.lag > self._settings.ready_lag:
             yield f"{found.lag} events behind (worker.ready_lag is {self._settings.ready_lag})"
         if found.poison:
-            yield "nearly all of its latest events cannot be used; see the dead letters (worker.poison_share)"
+            yield POISONED
 
 
 def _short(error: str) -> str:

@@ -11,7 +11,7 @@ from faust.types import TP
 
 from state.exceptions import StoreRolledBack
 from streams.kafka.chunk import Chunk
-from streams.live.adaptation import Closing
+from streams.live.closing import Closing
 from streams.live.ownership import Ownership
 from streams.transport import BatchConsumer, Delivery
 

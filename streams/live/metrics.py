@@ -292,7 +292,11 @@ class WorkerMetrics:
         try:
             yield
         finally:
-            self._stages.labels(stage).observe(self._clock() - began)
+            self.took(stage, self._clock() - began)
+
+    def took(self, stage: Stage, seconds: float) -> None:
+        """A stage was gone through, and took so long."""
+        self._stages.labels(stage).observe(seconds)
 
     def retried(self, stage: Stage) -> None:
         """It failed, and is tried again."""

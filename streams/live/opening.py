@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 import threading
 from collections.abc import Awaitable, Callable
@@ -12,7 +11,6 @@ from typing import TypeVar
 
 import structlog
 from aiokafka import AIOKafkaProducer
-from aiokafka.errors import KafkaError
 
 from configs.settings import StreamSettings
 from state.exceptions import StoreError
@@ -22,6 +20,7 @@ from state.store import RocksUserStore, UserStore
 from state.takeover import Marker
 from streams.decoding.decoded import Decoder
 from streams.live.adaptation import AdaptedPartition
+from streams.live.closing import stop
 from streams.live.dead_letters import PoisonWatch
 from streams.live.duplicates import DuplicateWindow
 from streams.live.exceptions import WorkerError
@@ -29,14 +28,13 @@ from streams.live.metrics import Stage
 from streams.live.publisher import Publisher, Topics
 from streams.live.recovery import Recovery
 from streams.live.router import NewProducer
+from streams.live.timed_outbox import TimedOutbox
 from streams.live.topic_reader import TopicReader, on_loop
 from streams.live.watch import Watch
 from streams.processor import Processor
 
 log = structlog.get_logger("coldstream")
 Result = TypeVar("Result")
-STOP_S = 5.0
-"""How long a producer may take to stop"""
 
 
 class Opener:
@@ -74,8 +72,11 @@ class Opener:
 
     def outbox_of(self, partition: int, store: UserStore) -> Outbox:
         """What the processor tells of its commits: ``processor.OpenLog``."""
-        outbox = self._outboxes[partition] = Outbox(store, self._sessions[partition])
+        outbox = self._outboxes[partition] = TimedOutbox(store, self._sessions[partition], self._stored)
         return outbox
+
+    def _stored(self, seconds: float) -> None:
+        self._watch.metrics.took(Stage.STORE, seconds)
 
     async def open(self, partition: int) -> AdaptedPartition:
         """See the module; called off by cancelling it. Raises KafkaError, ColdstreamError."""
@@ -95,8 +96,7 @@ class Opener:
             if store is not None:
                 await self._in(self._adapting, lambda: self._processor.release(partition))  # behind an adopt under way
                 await self._in(self._restoring, store.close)
-            with contextlib.suppress(KafkaError, TimeoutError):
-                await asyncio.wait_for(producer.stop(), STOP_S)
+            await stop(producer)
             raise
         self._watch.opened(partition, offset)
         return self._opened(partition, offset, store, producer, window)

@@ -172,6 +172,8 @@ class Ownership:
 
     async def revoke(self, tps: set[TP], flush_s: float = FLUSH_S) -> None:
         """The group takes these partitions away."""
+        if not tps:
+            return
         started = time.monotonic()
         await asyncio.gather(*(self._let_go(tp, flush_s) for tp in tps))
         log.info("partitions let go", partitions=sorted(tp.partition for tp in tps), seconds=_since(started))

@@ -25,6 +25,7 @@ from state.outbox import Outbox, Publication, columns
 from state.takeover import Marker
 from streams.kafka.prebuilt import send_batch
 from streams.kafka.record_batch import EncodedBatch, encode_batches
+from streams.live.closing import stop
 from streams.live.metrics import Stage
 from streams.live.predictions import unpack
 from streams.live.watch import Watch
@@ -115,9 +116,8 @@ class Publisher:
                 await asyncio.wait_for(self._hurry.wait(), GATHER_S)
 
     async def close(self) -> None:
-        """Lets the producer go; an open transaction is left to the next owner, who aborts it."""
-        with contextlib.suppress(KafkaError, asyncio.TimeoutError, TimeoutError):
-            await asyncio.wait_for(self._producer.stop(), 5.0)
+        """Lets the producer go."""
+        await stop(self._producer)
 
     async def _tell(self, publication: Publication) -> int:
         while True:

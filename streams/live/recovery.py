@@ -9,6 +9,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import structlog
@@ -29,6 +30,8 @@ from streams.live.topic_reader import Span, TopicReader, on_loop, records_of
 
 log = structlog.get_logger("coldstream")
 
+SHOWN_S = 5.0
+"""Between two lines of the log about a restore that takes long"""
 OnRecords = Callable[[int, int], None]
 """(records read, records there are to read, about)"""
 
@@ -38,16 +41,15 @@ class Recovery:
 
     def __init__(
         self,
+        directory: Path,
         state: StateSettings,
         layout: RowLayout,
         changelog: TopicReader,
         tombstone_retention_ms: int,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
-        if state.directory is None:
-            raise WorkerError("state.directory is not set: name where this worker keeps its users' rows (--state)")
         self.tombstone_retention_ms = tombstone_retention_ms
-        self._directory = state.directory
+        self._directory = directory
         self._layout = layout
         self._changelog = changelog
         self.loop = loop
@@ -101,8 +103,14 @@ class Recovery:
         def read(start: int) -> Iterator[Record]:
             return self.records(partition, start, span.end, stopped)
 
+        shown = began
+
         def told(done: Restored) -> None:
+            nonlocal shown
             on_records(done.records, span.end - span.start)
+            if time.monotonic() - shown >= SHOWN_S:
+                shown = time.monotonic()
+                log.info("restoring", partition=partition, records=done.records, of_about=span.end - span.start)
 
         local = Local.of(store)
         surveyed = Log.surveyed(local, span.start, span.end, read)

@@ -7,7 +7,6 @@ once for readers of committed records, whatever dies when. From there on, the or
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 
@@ -22,8 +21,9 @@ from streams.decoding.exceptions import RegistryUnavailable
 from streams.kafka.chunk import Chunk
 from streams.kafka.prebuilt import send_batch
 from streams.kafka.record_batch import EncodedBatch
-from streams.live.adaptation import RETRY_S, Closing, Decode
-from streams.live.dead_letters import DeadLetters
+from streams.live.adaptation import RETRY_S, Decode
+from streams.live.closing import Closable, Closing, stop
+from streams.live.dead_letters import DeadLetters, PoisonWatch
 from streams.live.metrics import Stage
 from streams.live.routing import route
 from streams.live.topic_reader import TopicReader
@@ -37,11 +37,9 @@ GroupOffset = Callable[[TP], Awaitable[int | None]]
 """What the group has committed of a partition; None: nothing yet."""
 CommittedOffset = Callable[[], Awaitable[int | None]]
 """What the group has committed of the partition; None: nothing yet."""
-STOP_S = 5.0
-"""How long a producer may take to stop"""
 
 
-class RoutedPartition:
+class RoutedPartition(Closable):
     """An open partition of the source: ``ownership.Opened``."""
 
     def __init__(
@@ -51,11 +49,14 @@ class RoutedPartition:
         producer: AIOKafkaProducer,
         new_producer: Started,
         committed: CommittedOffset,
+        poison: PoisonWatch,
     ) -> None:
+        super().__init__()
+        self.name = f"{tp.topic}/{tp.partition}"
         self.tp = tp
         self.next_offset = next_offset
         self.producer = producer
-        self.closing = asyncio.Event()
+        self.poison = poison
         self._new_producer = new_producer
         self._committed = committed
         self._fenced = asyncio.Event()
@@ -75,8 +76,7 @@ class RoutedPartition:
 
     async def begin_anew(self) -> None:
         """After a failed transaction: aborts it, and sees whether it was committed after all. Raises KafkaError."""
-        with contextlib.suppress(KafkaError, TimeoutError):
-            await asyncio.wait_for(self.producer.stop(), STOP_S)
+        await stop(self.producer)
         self.producer = await self._new_producer()
         committed = await self._committed()
         self.next_offset = self.next_offset if committed is None else max(committed, self.next_offset)
@@ -86,20 +86,25 @@ class RoutedPartition:
 
     async def close(self) -> None:
         """See ``ownership.Opened``."""
-        with contextlib.suppress(KafkaError, TimeoutError):
-            await asyncio.wait_for(self.producer.stop(), STOP_S)
+        await stop(self.producer)
 
 
 class RouterOpener:
     """Opens partitions of the source for the router."""
 
     def __init__(
-        self, stream: StreamSettings, new_producer: NewProducer, source: TopicReader, group_offset: GroupOffset
+        self,
+        stream: StreamSettings,
+        new_producer: NewProducer,
+        source: TopicReader,
+        group_offset: GroupOffset,
+        poison_share: float,
     ) -> None:
         self._stream = stream
         self._new_producer = new_producer
         self._source = source
         self._group_offset = group_offset
+        self._poison_share = poison_share
 
     async def open(self, partition: int) -> RoutedPartition:
         """Fences off whoever routed the partition before. Raises KafkaError."""
@@ -110,7 +115,7 @@ class RouterOpener:
             try:
                 await producer.start()
             except BaseException:
-                await producer.stop()
+                await stop(producer)
                 raise
             return producer
 
@@ -122,9 +127,9 @@ class RouterOpener:
             offset, span = await committed(), await self._source.span(partition)
             first = span.start if self._stream.start == "earliest" else span.end
             begin = first if offset is None else max(offset, span.start)
-            return RoutedPartition(tp, begin, producer, started, committed)
+            return RoutedPartition(tp, begin, producer, started, committed, PoisonWatch(self._poison_share))
         except BaseException:
-            await producer.stop()
+            await stop(producer)
             raise
 
 
@@ -164,21 +169,24 @@ class Router:
                 opened.fenced()
                 raise
             except RegistryUnavailable as error:
-                self._watch.waits(opened.tp.partition, Stage.DECODE, error)
-                await asyncio.sleep(RETRY_S)
+                self._watch.router_waits(opened.name, Stage.DECODE, error)
+                await opened.unless_closing(asyncio.sleep(RETRY_S))
             except (KafkaError, TimeoutError) as error:
                 failed = True
-                self._watch.waits(opened.tp.partition, Stage.PUBLISH, error)
-                await asyncio.sleep(RETRY_S)
+                self._watch.router_waits(opened.name, Stage.PUBLISH, error)
+                await opened.unless_closing(asyncio.sleep(RETRY_S))
 
     async def _once(self, opened: RoutedPartition, chunk: Chunk) -> None:
         loop = asyncio.get_running_loop()
         decoded, batches = await loop.run_in_executor(self._decoding, self._routed, chunk)
         if decoded.poison:
-            await self._dead_letters.send(chunk, decoded.poison)
+            await opened.unless_closing(self._dead_letters.send(chunk, decoded.poison))
             self._watch.set_aside(poison.reason for poison in decoded.poison)
+            await opened.unless_closing(asyncio.sleep(opened.poison.delay_s()))
         await self._transaction(opened, chunk, batches)
         opened.next_offset = chunk.next_offset
+        opened.poison.seen(len(chunk), len(decoded.poison))
+        self._watch.router_poison(opened.name, opened.poison.red)
 
     def _routed(self, chunk: Chunk) -> tuple[Decoded, dict[int, list[EncodedBatch]]]:
         decoded = self._decode(chunk)

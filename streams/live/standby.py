@@ -54,6 +54,8 @@ class Standby:
         self._locks: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         """One for each partition: held while somebody works on its copy"""
         self._not_before: dict[int, float] = {}
+        self._changed = False
+        """A copy was opened or closed: where the consumer reads no longer fits"""
         self._stopped = threading.Event()
 
     async def run(self) -> None:
@@ -62,7 +64,7 @@ class Standby:
             while True:
                 try:
                     await self._follow_all()
-                except KafkaError as error:
+                except (KafkaError, TimeoutError) as error:
                     log.warning("the changelog cannot be followed now", error=repr(error))
                     await asyncio.sleep(AGAIN_S)
         finally:
@@ -97,8 +99,9 @@ class Standby:
             ):
                 await self._open(partition)
         wanted = {TopicPartition(self._changelog.topic, partition) for partition in self._copies}
-        if wanted == consumer.assignment():
+        if not self._changed and wanted == consumer.assignment():
             return
+        self._changed = False
         consumer.assign(sorted(wanted))
         for tp in wanted:
             stands = standing(self._copies[tp.partition])
@@ -115,7 +118,7 @@ class Standby:
                 log.info("no copy is kept for now", partition=partition, reason=str(error))
                 self._not_before[partition] = time.monotonic() + AGAIN_S
                 return
-            self._copies[partition] = copy
+            self._copies[partition], self._changed = copy, True
             self._watch.metrics.follows(partition, 0)
 
     async def _follow(self, partition: int, chunks: Sequence[Chunk], end: int) -> None:
@@ -142,6 +145,7 @@ class Standby:
     async def _close(self, partition: int) -> None:
         copy = self._copies.pop(partition, None)
         if copy is not None:
+            self._changed = True
             self._watch.metrics.unfollowed(partition)
             await self._in_thread(copy.close)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import structlog
 
@@ -12,10 +13,20 @@ from state.codec import UNKNOWN, Progress
 from streams.kafka.chunk import Chunk
 from streams.live.health import Health
 from streams.live.metrics import Outcome, Stage, WorkerMetrics
-from streams.processor import Predictions
 from streams.rejects import Reason
 
 log = structlog.get_logger("coldstream")
+
+
+class Applied(NamedTuple):
+    """What became of a chunk's events."""
+
+    applied: int
+    """Guarded ones too: their users' rows count them"""
+    events: int
+    duplicates: int
+    """Beside those"""
+    guarded: int
 
 
 class Watch:
@@ -53,14 +64,12 @@ class Watch:
         self.health.running(partition)
         self.health.applied(partition, offset - 1)
 
-    def applied(
-        self, partition: int, chunk: Chunk, predictions: Predictions, duplicates: int, lag: int, pending_commits: int
-    ) -> None:
+    def applied(self, partition: int, chunk: Chunk, became: Applied, lag: int, pending_commits: int) -> None:
         """A step is durable."""
-        applied = int(predictions.applied.sum())
-        self.metrics.events(Outcome.APPLIED, applied)
-        self.metrics.events(Outcome.SKIPPED, len(predictions.applied) - applied)
-        self.metrics.events(Outcome.DUPLICATE, duplicates)
+        self.metrics.events(Outcome.APPLIED, became.applied - became.guarded)
+        self.metrics.events(Outcome.GUARDED, became.guarded)
+        self.metrics.events(Outcome.SKIPPED, became.events - became.applied)
+        self.metrics.events(Outcome.DUPLICATE, became.duplicates)
         self.metrics.batch(len(chunk))
         self.metrics.durable(chunk.timestamp_ms)
         self.metrics.pending_commits(partition, pending_commits)
@@ -96,10 +105,20 @@ class Watch:
         else:
             self.health.agent_runs(f"router of {name}")
 
+    def router_poison(self, name: str, red: bool) -> None:
+        """Whether nearly all of the latest events of a partition of the source cannot be used."""
+        self.health.source_poison(name, red)
+
+    def router_waits(self, name: str, stage: Stage, error: BaseException) -> None:
+        """Something outside does not do its part for the router; it is tried again."""
+        self.metrics.retried(stage)
+        log.warning("the router waits, and tries again", source=name, stage=str(stage), error=_line(error))
+
     def no_longer_routed(self, name: str) -> None:
         """Another worker routes it."""
         self._routed.pop(name, None)
         self.health.agent_runs(f"router of {name}")
+        self.health.source_poison(name, False)
 
     def published(self, partition: int, rows: int, pending_commits: int, progress: Progress | None) -> None:
         """The changelog has acknowledged so many rows, up to this progress."""
@@ -128,10 +147,8 @@ class Watch:
             events=events,
         )
 
-    def failed(self, partition: int | None, error: BaseException) -> None:
+    def failed(self, error: BaseException) -> None:
         """Nothing but a new start, and mostly somebody's hand, helps."""
-        if partition is not None:
-            self.health.failed(partition, _line(error))
         self.health.failed_fatally(_line(error))
         log.error("the worker ends", error=_line(error), exc_info=error)
 

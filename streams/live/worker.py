@@ -30,11 +30,13 @@ from streams.kafka.reaching import reach
 from streams.kafka.topics import FoundTopic, ensure_topics, specs_of
 from streams.live.app import WorkerApp, build_app, consumer_options
 from streams.live.assembly import Assembly, Threads, worker_name
+from streams.live.closing import stop
 from streams.live.dead_letters import DeadLetters
 from streams.live.exceptions import WorkerError
 from streams.live.health import Health
 from streams.live.health_server import HealthServer
 from streams.live.intake import Intake
+from streams.live.logs import Secrets
 from streams.live.loop_monitor import LoopMonitor
 from streams.live.metrics import WorkerMetrics
 from streams.live.ownership import Ownership
@@ -51,9 +53,12 @@ RESTORE_THREADS = 2
 class Worker:
     """One worker. Call ``run`` once."""
 
-    def __init__(self, settings: Settings, model: Path) -> None:
+    def __init__(self, settings: Settings, model: Path, secrets: Secrets) -> None:
+        """``secrets``: told what no log may hold."""
         self._settings = settings
         self._connection = Connection.of(settings.kafka)
+        if self._connection.password is not None:
+            secrets.add(self._connection.password.reveal())
         artifact = read_artifact(model)
         self._model = artifact.serving(*load_catalogues(settings.data))
         self._watch = Watch(
@@ -87,7 +92,7 @@ class Worker:
         """Ends the worker: nothing but a new start, and mostly somebody's hand, helps."""
         if self._failure is None and not self._end.is_set():
             self._failure = error
-            self._watch.failed(None, error)
+            self._watch.failed(error)
         self._end.set()
 
     async def _work(self, threads: Threads) -> None:
@@ -173,7 +178,7 @@ class Worker:
         try:
             yield DeadLetters(producer, topic.name, worker_name(self._settings), largest=topic.max_message_bytes)
         finally:
-            await producer.stop()
+            await stop(producer)
 
 
 def _end_at_the_latest(seconds: float) -> None:

@@ -76,6 +76,8 @@ def test_a_standby_takes_over_from_its_copies(tmp_path, kafka_bootstrap) -> None
             until_owned((spare,), 4, OWNED_S)
             send(stage.bootstrap, stage.topic, clicks(2))
             until_settled((spare,), ends(stage.bootstrap, stage.topic), SETTLED_S)
+            for part in ("decode", "adapt", "store", "publish", "restore"):
+                assert spare.metric("coldstream_stage_seconds_count", stage=part) > 0, part
             status, answer = spare.probe("/livez")
             assert (status, answer["problems"]) == (200, [])
             log = spare.log.read_text()

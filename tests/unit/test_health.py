@@ -200,17 +200,13 @@ def test_a_restore_counts_for_those_that_wait_for_it(health, clock):
     ]
 
 
-@pytest.mark.parametrize("state", ["failed", "fenced"])
-def test_a_partition_that_is_broken_for_long_makes_it_not_live_with_or_without_lag(health, clock, state):
+def test_a_partition_that_is_fenced_for_long_makes_it_not_live_with_or_without_lag(health, clock):
     run(health, 0)
     later(health, clock, 5 * STALL_S)
-    if state == "failed":
-        health.failed(0, "RowDamaged: user row")
-    else:
-        health.fenced(0)
+    health.fenced(0)
     assert health.live() == ()
     later(health, clock, STALL_S + 1)
-    assert health.live()[0].startswith(f"partition 0: {state}, but nothing has moved for 61 s (worker.stall_s)")
+    assert health.live()[0].startswith("partition 0: fenced, but nothing has moved for 61 s (worker.stall_s)")
     health.restoring(0, 0, 10)
     assert health.live() == ()
 
@@ -270,14 +266,23 @@ def test_poison_makes_it_not_ready_and_leaves_it_live(health):
     assert health.ready() == ()
 
 
-def test_a_fenced_or_failed_partition_makes_it_not_ready_at_once(health):
+def test_a_fenced_partition_makes_it_not_ready_at_once(health):
     run(health, 0)
     run(health, 1)
     health.fenced(0)
-    health.failed(1, "RowDamaged: x")
-    assert health.ready() == ("partition 0: fenced: another worker owns it", "partition 1: failed: RowDamaged: x")
+    assert health.ready() == ("partition 0: fenced: another worker owns it",)
     health.running(0)
-    health.running(1)
+    assert health.ready() == ()
+
+
+def test_a_source_of_nearly_all_poison_makes_its_router_not_ready_and_leaves_it_live(health):
+    run(health, 0)
+    health.source_poison("clicks/3", True)
+    assert health.ready() == (
+        "source clicks/3: nearly all of its latest events cannot be used; see the dead letters (worker.poison_share)",
+    )
+    assert health.live() == ()
+    health.source_poison("clicks/3", False)
     assert health.ready() == ()
 
 

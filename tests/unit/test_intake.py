@@ -10,7 +10,7 @@ import pytest
 from faust.types import TP
 
 from state.exceptions import StoreRolledBack
-from streams.live.adaptation import Closing
+from streams.live.closing import Closing
 from streams.live.intake import Intake
 from streams.transport import Delivery
 

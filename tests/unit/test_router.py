@@ -22,7 +22,8 @@ from streams.kafka.batch_reading import read_chunks
 from streams.kafka.chunk import Chunk
 from streams.kafka.partitioning import partition_of
 from streams.live import router
-from streams.live.adaptation import Closing
+from streams.live.closing import Closing
+from streams.live.dead_letters import PoisonWatch
 from streams.live.health import Health
 from streams.live.metrics import WorkerMetrics
 from streams.live.router import RoutedPartition, Router
@@ -111,12 +112,15 @@ class Desk:
     def __init__(self) -> None:
         self.brokers, self.letters = Brokers(), Letters()
         self.metrics = WorkerMetrics("1", "m")
-        self.watch = Watch(self.metrics, Health(WorkerSettings(), lambda: 0.0), 60.0)
+        self.health = Health(WorkerSettings(), lambda: 0.0)
+        self.watch = Watch(self.metrics, self.health, 60.0)
         self.decode: Callable[[Chunk], Decoded] = JSON.decode
 
     async def open(self, next_offset: int = 0) -> RoutedPartition:
         producer = await self.brokers.started()
-        return RoutedPartition(SOURCE, next_offset, producer, self.brokers.started, self.brokers.committed)
+        return RoutedPartition(
+            SOURCE, next_offset, producer, self.brokers.started, self.brokers.committed, PoisonWatch(0.5)
+        )
 
     def play(self, scenario: Callable[[Router], Awaitable[None]]) -> None:
         async def playing(decoding: ThreadPoolExecutor) -> None:
@@ -273,3 +277,26 @@ def test_a_registry_that_gives_no_answer_is_asked_again() -> None:
     desk.play(scenario)
     assert sorted(desk.brokers.told) == once(0, 1, 2)
     assert desk.brokers.epoch == 1  # the producer is not to blame
+
+
+def test_a_source_of_nothing_but_poison_is_slowed_down_and_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk, waited = Desk(), []
+
+    async def waits(seconds: float) -> None:
+        waited.append(seconds)
+
+    async def scenario(routes: Router) -> None:
+        opened = await desk.open()
+        monkeypatch.setattr(opened.poison, "delay_s", lambda: 0.25 if opened.poison.red else 0.0)
+        monkeypatch.setattr(router.asyncio, "sleep", waits)
+        for first in range(0, 300, 100):
+            await routes.apply(opened, chunk_of_poison(first, first + 100), 300)
+
+    desk.play(scenario)
+    assert waited == [0.0, 0.25, 0.25]
+    assert [problem for problem in desk.health.ready() if problem.startswith("source source/2: nearly all")]
+
+
+def chunk_of_poison(first: int, stop: int) -> Chunk:
+    records = [SimpleNamespace(key=None, value=b"?", offset=k, timestamp=0, headers=()) for k in range(first, stop)]
+    return Chunk.of_records(SOURCE.topic, SOURCE.partition, records, stop)

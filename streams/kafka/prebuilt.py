@@ -7,8 +7,11 @@ It leans on what aiokafka 0.14 asks of a batch builder and on the producer's ``_
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from aiokafka import AIOKafkaProducer
+from aiokafka.errors import IllegalOperation, KafkaError
 from aiokafka.structs import RecordMetadata
 
 from streams.kafka.batch_header import set_producer
@@ -63,3 +66,24 @@ async def send_batch(
         PrebuiltBatch(batch, transactional), topic, partition=partition
     )
     return future
+
+
+@asynccontextmanager
+async def transaction(producer: AIOKafkaProducer) -> AsyncIterator[None]:
+    """A transaction around the block. When the block or the commit fails it stays open: begin anew with a new producer.
+
+    Raises KafkaError with the brokers' reason, ProducerFenced for instance, where they have ended the transaction
+    while the block was between two sends: aiokafka keeps that reason for the end, and calls the next send misuse.
+    """
+    try:
+        await producer.begin_transaction()
+        yield
+        await producer.commit_transaction()
+    except (IllegalOperation, AssertionError) as error:
+        raise _reason(producer) from error
+
+
+def _reason(producer: AIOKafkaProducer) -> KafkaError:
+    ended = producer._txn_manager.wait_for_transaction_end()
+    reason = ended.exception() if ended is not None and ended.done() and not ended.cancelled() else None
+    return reason if isinstance(reason, KafkaError) else KafkaError("the transaction has ended early")

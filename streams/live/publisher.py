@@ -23,7 +23,7 @@ from aiokafka.errors import KafkaError, ProducerFenced
 from learner.user_state import RowLayout
 from state.outbox import Outbox, Publication, columns
 from state.takeover import Marker
-from streams.kafka.prebuilt import send_batch
+from streams.kafka.prebuilt import send_batch, transaction
 from streams.kafka.record_batch import EncodedBatch, encode_batches
 from streams.live.closing import stop
 from streams.live.metrics import Stage
@@ -138,14 +138,13 @@ class Publisher:
     async def _transaction(self, publication: Publication) -> int:
         """The changelog's offset behind the marker."""
         with self._watch.metrics.timed(Stage.PUBLISH):
-            await self._producer.begin_transaction()
-            changelog = _changelog(publication, self._layout, self._session)
-            sent = [await self._send(batch, self._topics.changelog) for batch in changelog]
-            if self._topics.predictions is not None:
-                told = _predictions(publication, self._partition)
-                sent += [await self._send(batch, self._topics.predictions) for batch in told]
-            acknowledged = await asyncio.gather(*sent)
-            await self._producer.commit_transaction()
+            async with transaction(self._producer):
+                changelog = _changelog(publication, self._layout, self._session)
+                sent = [await self._send(batch, self._topics.changelog) for batch in changelog]
+                if self._topics.predictions is not None:
+                    told = _predictions(publication, self._partition)
+                    sent += [await self._send(batch, self._topics.predictions) for batch in told]
+                acknowledged = await asyncio.gather(*sent)
         last = acknowledged[len(changelog) - 1]
         return int(last.offset) + changelog[-1].count
 

@@ -19,7 +19,7 @@ from configs.settings import StreamSettings
 from streams.decoding.decoded import Decoded
 from streams.decoding.exceptions import RegistryUnavailable
 from streams.kafka.chunk import Chunk
-from streams.kafka.prebuilt import send_batch
+from streams.kafka.prebuilt import send_batch, transaction
 from streams.kafka.record_batch import EncodedBatch
 from streams.live.adaptation import RETRY_S, Decode
 from streams.live.closing import Closable, Closing, stop
@@ -196,15 +196,14 @@ class Router:
 
     async def _transaction(self, opened: RoutedPartition, chunk: Chunk, batches: dict[int, list[EncodedBatch]]) -> None:
         producer = opened.producer
-        await producer.begin_transaction()
-        sent = [
-            await send_batch(producer, batch, self._topic, target)
-            for target, ready in batches.items()
-            for batch in ready
-        ]
-        await asyncio.gather(*sent)
-        await producer.send_offsets_to_transaction({TopicPartition(*opened.tp): chunk.next_offset}, self._group)
-        await producer.commit_transaction()
+        async with transaction(producer):
+            sent = [
+                await send_batch(producer, batch, self._topic, target)
+                for target, ready in batches.items()
+                for batch in ready
+            ]
+            await asyncio.gather(*sent)
+            await producer.send_offsets_to_transaction({TopicPartition(*opened.tp): chunk.next_offset}, self._group)
 
 
 def _rest(chunk: Chunk, offset: int) -> Chunk:

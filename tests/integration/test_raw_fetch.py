@@ -423,3 +423,5 @@ def test_batch_builders_are_what_prebuilt_leans_on() -> None:
     assert parameters(AIOKafkaProducer.send_batch) == ["self", "batch", "topic", "partition"]
     assert "transactional_id" in parameters(TransactionManager)
     assert "self._txn_manager = " in source(AIOKafkaProducer.__init__)
+    assert "self._transaction_waiter" in source(TransactionManager.wait_for_transaction_end)
+    assert "raise IllegalOperation" in source(AIOKafkaProducer.send_batch)

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from aiokafka.errors import KafkaConnectionError, KafkaTimeoutError, ProducerFenced
+from aiokafka.errors import IllegalOperation, KafkaConnectionError, KafkaTimeoutError, ProducerFenced
+from aiokafka.producer.transaction_manager import TransactionManager
 
 from configs.settings import WorkerSettings
 from learner.adaptation import Adapted
@@ -180,6 +181,38 @@ def test_whoever_lost_the_partition_tells_nothing(refusal: Exception, marker: Ma
     assert isinstance(desk.play(scenario), ProducerFenced)
     assert desk.log == []
     assert desk.outbox.pending_commits == 1
+
+
+@pytest.mark.parametrize(
+    ("end", "fenced"),
+    [(lambda told: told.fatal_error(ProducerFenced()), True), (lambda told: told.committing_transaction(), False)],
+)
+def test_a_transaction_that_ended_between_two_sends_says_why(end: Callable[[Any], None], fenced: bool) -> None:
+    desk = Desk(told="predictions")
+    events = Interactions.from_columns(["ann"], ["i1"], [1], [10], offsets=[4])
+    said = Adapted(np.array([0.5], np.float32), np.array([0.6], np.float32), np.ones(1, np.bool_), 0)
+
+    async def scenario() -> None:
+        transactions = TransactionManager("t", 1000)
+        transactions.set_pid_and_epoch(1, 1)
+        transactions.begin_transaction()
+        desk.publisher._producer._txn_manager = transactions
+        send = desk.publisher._producer.send_batch
+
+        async def send_batch(batch: Any, topic: str, *, partition: int) -> asyncio.Future[Any]:
+            if topic == "predictions":
+                end(transactions)
+                raise IllegalOperation("Can't send messages while not in transaction")
+            return await send(batch, topic, partition=partition)
+
+        desk.publisher._producer.send_batch = send_batch
+        desk.commits(4, b"ann", payload=pack(events, said, 0))
+        await desk.publisher.until_pending(0, 0)
+
+    ended = desk.play(scenario)
+
+    assert isinstance(ended, ProducerFenced) if fenced else ended is None
+    assert len(desk.topics["predictions"]) == (0 if fenced else 1)
 
 
 @pytest.mark.parametrize("told", [None, "predictions"])

@@ -1,6 +1,6 @@
-"""Erasing a user for good: the row with its event ring, and every trace of either in a store's files.
+"""Erasing a user for good: the row with its event ring, the history, and every trace of them in a store's files.
 
-    1. row out, counts down, the tombstone into the outbox: one batch, forced to the disk
+    1. row and history out, counts down, the tombstone into the outbox: one batch, forced to the disk
     2. the user leaves the memory     3. the changelog is told, and the outbox emptied
     4. the files that may hold the id are written anew without it
 
@@ -28,6 +28,7 @@ from learner.user_state import RowLayout
 from state import codec
 from state.codec import UNKNOWN, Progress
 from state.exceptions import ChangelogError, RowDamaged, StoreLocked, StoreUnreadable
+from state.histories import without_users
 from state.hot_rows import HotRows, without
 from state.keys import OUTBOX, STANDING_KEY
 from state.outbox import CommitLog, commit
@@ -124,14 +125,15 @@ def _opened(path: Path) -> RocksUserStore:
 
 def _take_out(store: UserStore, log: CommitLog | None, user: bytes, progress: Progress | None, held: bool) -> None:
     no_rows = np.zeros((0, store.layout.row_bytes), np.uint8)
+    histories = without_users(store, [user])
     if log is not None:
-        commit(store, log, [], no_rows, progress, deleted=[user])
+        commit(store, log, [], no_rows, progress, deleted=[user], histories=histories)
         return
     own: dict[bytes, bytes | None] = {key: None for key, _ in store.own(OUTBOX)}
     if own:
         own[STANDING_KEY] = None
-    if held or own:
-        store.write_batch([], no_rows, progress, deleted=[user], own=own)
+    if held or own or histories:
+        store.write_batch([], no_rows, progress, deleted=[user], own=own, histories=histories)
 
 
 def _held(store: UserStore, user: bytes) -> _Row:
@@ -152,9 +154,10 @@ def _without_row(progress: Progress | None, row: _Row) -> Progress | None:
 
 
 def _write_files_anew(store: RocksUserStore, user: bytes) -> None:
-    """Leaves neither the id nor an older row of it in any file."""
+    """Leaves neither the id nor an older row or event of it in any file."""
     store.compact(*store.neighbours(user))
     store.compact_own()
+    store.compact_histories(user)
     store.reopen()
     for log in store.path.glob(_OLD_LOGS):
         log.unlink(missing_ok=True)

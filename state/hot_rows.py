@@ -8,7 +8,7 @@ a slot holds what the store holds, and giving it up costs nothing. Which slot is
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import repeat
 from typing import NamedTuple
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from learner.user_state import RowLayout, Slab
 from state.codec import UNKNOWN, Progress
+from state.histories import without_users
+from state.keys import NOTHING
 from state.outbox import CommitLog, commit
 from state.store import UserStore
 
@@ -165,28 +167,37 @@ class HotRows:
         return Acquired(slots, absent[~found])
 
     def write(
-        self, slots: NDArray[np.int32], offset: int, meta_version: int, clock: bytes = b"", payload: bytes = b""
+        self,
+        slots: NDArray[np.int32],
+        offset: int,
+        meta_version: int,
+        clock: bytes = b"",
+        payload: bytes = b"",
+        histories: Mapping[bytes, bytes | None] = NOTHING,
     ) -> None:
         """Makes these rows durable together with the progress, whose users and events follow from the rows.
 
-        ``payload`` is for the log. When the store refuses, what is in memory of the partition is dropped and the error
-        goes on: the rows there have learned what the store has not.
+        ``payload`` is for the log, ``histories`` are what ``HistoryBook.after`` said of the same events. When the store
+        refuses, what is in memory of the partition is dropped and the error goes on: the rows there have learned what
+        the store has not.
         """
         memory = self.memory
         before, after = memory.stored_events[slots], memory.rows["events"][slots].astype(np.int64)
         progress = Progress(offset, meta_version, int((before < 0).sum()), int((after - np.maximum(before, 0)).sum()),
                             time.time_ns() // 1_000_000, clock)  # fmt: skip
         users = list(map(memory.users.__getitem__, slots.tolist()))
-        self._commit(users, memory.gathered(slots), _added(self._progress, progress), payload=payload)
+        self._commit(
+            users, memory.gathered(slots), _added(self._progress, progress), histories=histories, payload=payload
+        )
         memory.stored_events[slots] = after
 
     def remove(self, users: Sequence[bytes], events: int) -> None:
         """Takes out users whom the store holds, with their ``events`` in sum, and lowers the progress by them.
 
-        Raises as ``write`` does.
+        Their histories go in the same step. Raises as ``write`` does.
         """
         progress = without(self.progress(), len(users), events)
-        self._commit([], self.memory.slab[:0], progress, deleted=users)
+        self._commit([], self.memory.slab[:0], progress, deleted=users, histories=without_users(self.store, users))
         self.forget(users)
 
     def _commit(
@@ -196,10 +207,11 @@ class HotRows:
         progress: Progress | None,
         *,
         deleted: Sequence[bytes] = (),
+        histories: Mapping[bytes, bytes | None] = NOTHING,
         payload: bytes = b"",
     ) -> None:
         try:
-            commit(self.store, self.log, users, rows, progress, deleted=deleted, payload=payload)
+            commit(self.store, self.log, users, rows, progress, deleted=deleted, histories=histories, payload=payload)
         except BaseException:
             self.forget()
             raise

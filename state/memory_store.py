@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Self
@@ -13,7 +14,8 @@ from learner.user_state import RowLayout, Slab
 from state import codec
 from state.codec import Progress
 from state.exceptions import StoreClosed
-from state.keys import NOTHING, OWN, checked_own
+from state.history_cursor import HistoryCursor, MemoryCursor
+from state.keys import HISTORY, NOTHING, OWN, checked_histories, checked_own
 
 
 class MemoryUserStore:
@@ -24,6 +26,11 @@ class MemoryUserStore:
         self._rows: dict[bytes, bytes] | None = {}
         self._progress: bytes | None = None
         self._own: dict[bytes, bytes] = {}
+        self._histories: dict[bytes, bytes] = {}
+        self._history_keys: list[bytes] = []
+        """Those of ``_histories`` in order, but for ``_new_keys``; and some that are gone"""
+        self._new_keys: set[bytes] = set()
+        self._cursors: weakref.WeakSet[MemoryCursor] = weakref.WeakSet()
         self._restoring = False
 
     def __enter__(self) -> Self:
@@ -46,15 +53,20 @@ class MemoryUserStore:
         *,
         deleted: Sequence[bytes] = (),
         own: Mapping[bytes, bytes | None] = NOTHING,
+        histories: Mapping[bytes, bytes | None] = NOTHING,
     ) -> list[bytes]:
         """See ``UserStore``."""
         checked_own(own)
+        checked_histories(histories)
         packed = self._progress if progress is None else progress.encode()
         values = codec.seal(self.layout, users, rows)
         self._held().update(zip(users, values, strict=True))
         for user in deleted:
             self._held().pop(user, None)
-        self._put_own(own)
+        _put(self._own, own)
+        if (users or deleted) and HISTORY not in histories:
+            self._cut_histories(HISTORY)
+        self._put_histories(histories)
         self._progress = packed
         return values
 
@@ -63,12 +75,34 @@ class MemoryUserStore:
         self._held()
         return sorted(entry for entry in self._own.items() if entry[0].startswith(prefix))
 
-    def _put_own(self, own: Mapping[bytes, bytes | None]) -> None:
-        for key, value in own.items():
-            if value is None:
-                self._own.pop(key, None)
-            else:
-                self._own[key] = value
+    def histories(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """See ``UserStore``."""
+        self._held()
+        return list(map(self._histories.get, keys))
+
+    def history_cursor(self) -> HistoryCursor:
+        """See ``UserStore``."""
+        self._held()
+        known = dict.fromkeys((*self._history_keys, *self._new_keys))
+        self._history_keys = sorted(key for key in known if key in self._histories)  # nearly in order: fast
+        self._new_keys = set()
+        cursor = MemoryCursor(self._history_keys, self._histories.copy())
+        self._cursors.add(cursor)
+        return cursor
+
+    def cut_histories(self, first: bytes, histories: Mapping[bytes, bytes | None] = NOTHING) -> None:
+        """See ``UserStore``."""
+        checked_histories(histories)
+        self._held()
+        self._cut_histories(first)
+        self._put_histories(histories)
+
+    def _cut_histories(self, first: bytes) -> None:
+        self._put_histories({key: None for key in self._histories if key >= first})
+
+    def _put_histories(self, histories: Mapping[bytes, bytes | None]) -> None:
+        self._new_keys.update(histories.keys() - self._histories.keys())
+        _put(self._histories, histories)
 
     def progress(self) -> Progress | None:
         """See ``UserStore``."""
@@ -108,17 +142,20 @@ class MemoryUserStore:
         if empty:
             held.clear()
             self._own.clear()
+            self._cut_histories(HISTORY)
             self._progress = None
 
     def end_restore(self, progress: Progress, own: Mapping[bytes, bytes | None] = NOTHING) -> None:
         """See ``UserStore``."""
         self._held()
-        self._put_own(checked_own(own))
+        _put(self._own, checked_own(own))
         self._progress, self._restoring = progress.encode(), False
 
     def close(self) -> None:
         """See ``UserStore``; the rows are gone."""
         self._rows = None
+        for cursor in list(self._cursors):
+            cursor.close()
 
     def _walk(self, rows: list[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, NDArray[np.uint8]]]:
         for user, row in rows:
@@ -129,3 +166,11 @@ class MemoryUserStore:
         if self._rows is None:
             raise StoreClosed("the store in memory is closed: make another")
         return self._rows
+
+
+def _put(held: dict[bytes, bytes], entries: Mapping[bytes, bytes | None]) -> None:
+    for key, value in entries.items():
+        if value is None:
+            held.pop(key, None)
+        else:
+            held[key] = value

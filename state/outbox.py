@@ -27,7 +27,7 @@ from state import codec
 from state.changelog import Record
 from state.codec import Progress
 from state.exceptions import StoreDamaged
-from state.keys import LAYOUT_KEY, OUTBOX, OWNER_KEY, PROGRESS_KEY, STANDING_KEY, USER
+from state.keys import LAYOUT_KEY, NOTHING, OUTBOX, OWNER_KEY, PROGRESS_KEY, STANDING_KEY, USER
 from state.outbox_codec import Entry, Owner, Standing, encode_entry
 from state.store import UserStore
 
@@ -67,14 +67,15 @@ def commit(
     progress: Progress | None,
     *,
     deleted: Sequence[bytes] = (),
+    histories: Mapping[bytes, bytes | None] = NOTHING,
     payload: bytes = b"",
 ) -> None:
     """Writes a batch, and what the log has to note of it, in one atomic step. Raises as ``UserStore.write_batch``."""
     if log is None:
-        store.write_batch(users, rows, progress, deleted=deleted)
+        store.write_batch(users, rows, progress, deleted=deleted, histories=histories)
         return
     own = log.note(users, deleted, progress, payload)
-    values = store.write_batch(users, rows, progress, deleted=deleted, own=own)
+    values = store.write_batch(users, rows, progress, deleted=deleted, own=own, histories=histories)
     log.committed(users, values, deleted, progress, payload)
 
 

@@ -41,8 +41,12 @@ from state.exceptions import (
     StoreUnfinished,
     StoreUnreadable,
 )
+from state.history_codec import Book
+from state.history_cursor import HistoryCursor, RocksCursor
 from state.keys import (
+    AFTER_HISTORIES,
     AFTER_USERS,
+    HISTORY,
     LAYOUT_KEY,
     NOTHING,
     OWN,
@@ -50,7 +54,10 @@ from state.keys import (
     RESERVED,
     RESTORING_KEY,
     USER,
+    after_stem,
+    checked_histories,
     checked_own,
+    history_stem,
 )
 from state.rocksdb import StoreMemory, open_for_reading, open_for_writing, release, unreadable, write_failed
 from state.syncing import Syncing, SyncPolicy
@@ -94,17 +101,32 @@ class UserStore(Protocol):
         *,
         deleted: Sequence[bytes] = (),
         own: Mapping[bytes, bytes | None] = NOTHING,
+        histories: Mapping[bytes, bytes | None] = NOTHING,
     ) -> list[bytes]:
         """Puts the rows, takes out the ``deleted`` users and sets the progress (None leaves it), all or nothing.
 
-        The same step puts and takes out (None) keys of the store's ``own``, see ``keys``. Returns the rows as they are
-        stored, in the order of ``users``. The rows given may get version, owner and checksum put in. Of a user named
-        twice the last row counts; one both written and deleted is deleted. Raises StoreWriteFailed; the store then
-        opens itself again at the next call, and the same batch may be given once more.
+        The same step puts and takes out (None) keys of the store's ``own`` and of ``histories``, see ``keys``. A store
+        that keeps histories drops all of them when rows or deletions come without the book's record: they would no
+        longer be those of the rows. Returns the rows as they are stored, in the order of ``users``. The rows given may
+        get version, owner and checksum put in. Of a user named twice the last row counts; one both written and deleted
+        is deleted. Raises StoreWriteFailed; the store then opens itself again at the next call, and the same batch may
+        be given once more.
         """
 
     def own(self, prefix: bytes = OWN) -> list[tuple[bytes, bytes]]:
         """What ``write_batch`` and ``end_restore`` put as ``own`` under keys that begin so, in order of the keys."""
+
+    def histories(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """What ``write_batch`` put as ``histories`` under these keys, in their order; None where there is nothing."""
+
+    def history_cursor(self) -> HistoryCursor:
+        """A way through the histories as they stand now. Close it: RocksDB keeps what it sees for as long."""
+
+    def cut_histories(self, first: bytes, histories: Mapping[bytes, bytes | None] = NOTHING) -> None:
+        """Takes out every history's key from ``first`` on and puts ``histories``, which lie before, in one atomic step.
+
+        Raises StoreWriteFailed.
+        """
 
     def progress(self) -> Progress | None:
         """How far the rows have come; None for a new store."""
@@ -122,7 +144,10 @@ class UserStore(Protocol):
         """A user's row as it is stored, not checked; None where there is none."""
 
     def approximate_count(self) -> int:
-        """How many users there are; RocksDB may count one again for each row not yet merged with its older self."""
+        """How many users there are; RocksDB may count one again for each row not yet merged with its older self.
+
+        The same goes for what it keeps of histories.
+        """
 
     def sync(self) -> None:
         """Forces all batches so far to the disk."""
@@ -131,7 +156,8 @@ class UserStore(Protocol):
         """Whether a restore began that has not ended: the rows are then not complete, whatever the progress says."""
 
     def begin_restore(self, *, empty: bool) -> None:
-        """From now on ``restoring``. ``empty`` takes out every row, the progress and all ``own`` keys in the same step.
+        """From now on ``restoring``. ``empty`` takes out every row, the progress, all ``own`` keys and histories
+        in the same step.
 
         What is written to an emptied store is safe from a crash only after ``end_restore``.
         """
@@ -151,7 +177,7 @@ class RocksReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._walks: weakref.WeakSet[Walk] = weakref.WeakSet()
+        self._walks: weakref.WeakSet[Walk | RocksCursor] = weakref.WeakSet()
         self._readers: ThreadPoolExecutor | None = None
         self._db: Rdict | None = self._opened()
         try:
@@ -217,6 +243,16 @@ class RocksReader:
             raise unreadable(self.path, error) from error
         return found
 
+    def histories(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """See ``UserStore``."""
+        return self._read(list(keys))
+
+    def history_cursor(self) -> HistoryCursor:
+        """See ``UserStore``."""
+        cursor = RocksCursor(self.path, self._open_db().iter())
+        self._walks.add(cursor)
+        return cursor
+
     def neighbours(self, user: bytes) -> tuple[bytes | None, bytes | None]:
         """The ids next to a user's, before and after it in order of their bytes; the user need not be there."""
         cursor = self._open_db().iter()
@@ -242,7 +278,16 @@ class RocksReader:
     def approximate_count(self) -> int:
         """See ``UserStore``."""
         own = sum(packed is not None for packed in self._read(list(RESERVED))) + len(self.own())
-        return max(int(self._open_db().property_int_value("rocksdb.estimate-num-keys") or 0) - own, 0)
+        book = self._book()
+        others = own if book is None else own + 1 + book.keys
+        return max(int(self._open_db().property_int_value("rocksdb.estimate-num-keys") or 0) - others, 0)
+
+    def _book(self) -> Book | None:
+        packed = self._read([HISTORY])[0]
+        try:
+            return None if packed is None else Book.decode(packed)
+        except ValueError as error:
+            raise StoreDamaged(f"{self.path}: {error}: restore a snapshot or the changelog") from None
 
     def close(self) -> None:
         """See ``UserStore``."""
@@ -289,8 +334,10 @@ class RocksReader:
         return layout
 
 
-def _put_own(batch: WriteBatch, own: Mapping[bytes, bytes | None]) -> None:
-    for key, value in own.items():
+def _put(batch: WriteBatch, entries: Mapping[bytes, bytes | None]) -> None:
+    """In order of the keys: RocksDB inserts them faster."""
+    for key in sorted(entries):
+        value = entries[key]
         if value is None:
             batch.delete(key)
         else:
@@ -318,6 +365,8 @@ class RocksUserStore(RocksReader):
         self._sync = Syncing(sync or SyncPolicy(), self._timed_sync)
         self._failed = False
         self._unlogged = False
+        self._with_histories: bool | None = None
+        """Whether there are any; None: it has to be looked up"""
         self._handle = Lock()
         """Held while the handle is exchanged, or used by another thread than the store's own"""
         super().__init__(path)
@@ -344,9 +393,11 @@ class RocksUserStore(RocksReader):
         *,
         deleted: Sequence[bytes] = (),
         own: Mapping[bytes, bytes | None] = NOTHING,
+        histories: Mapping[bytes, bytes | None] = NOTHING,
     ) -> list[bytes]:
         """See ``UserStore``. Rows are put in order of their keys: RocksDB inserts them a third faster."""
         checked_own(own)
+        checked_histories(histories)
         values = codec.seal(self.layout, users, rows)
         batch = WriteBatch(raw_mode=True)
         put = batch.put
@@ -355,12 +406,34 @@ class RocksUserStore(RocksReader):
         deque(map(put, keys, map(values.__getitem__, order)), maxlen=0)
         for user in deleted:
             batch.delete(USER + user)
-        _put_own(batch, own)
+        _put(batch, own)
+        if (users or deleted) and HISTORY not in histories and self._has_histories():
+            batch.delete_range(HISTORY, AFTER_HISTORIES)
+            self._with_histories = False
+        _put(batch, histories)
         if progress is not None:
             put(PROGRESS_KEY, progress.encode())
         self._write(batch)
         self._confirmed = progress or self._confirmed
+        if histories:
+            self._with_histories = True
         return values
+
+    def cut_histories(self, first: bytes, histories: Mapping[bytes, bytes | None] = NOTHING) -> None:
+        """See ``UserStore``."""
+        checked_histories(histories)
+        batch = WriteBatch(raw_mode=True)
+        batch.delete_range(max(first, HISTORY), AFTER_HISTORIES)
+        _put(batch, histories)
+        self._write(batch)
+        self._with_histories = None
+
+    def _has_histories(self) -> bool:
+        if self._with_histories is None:
+            cursor = self.history_cursor()
+            self._with_histories = cursor.seek(HISTORY) is not None
+            cursor.close()
+        return self._with_histories
 
     def sync(self) -> None:
         """See ``UserStore``."""
@@ -375,6 +448,9 @@ class RocksUserStore(RocksReader):
         """See ``UserStore``. What was taken out leaves the disk too; what comes goes past the write-ahead log."""
         batch = WriteBatch(raw_mode=True)
         batch.put(RESTORING_KEY, b"")
+        dropped = empty and self._has_histories()
+        if dropped:
+            batch.delete_range(HISTORY, AFTER_HISTORIES)
         if empty:
             batch.delete(PROGRESS_KEY)
             batch.delete_range(USER, AFTER_USERS)
@@ -383,8 +459,11 @@ class RocksUserStore(RocksReader):
         self._write(batch)
         if empty:
             self._confirmed = None
+            self._with_histories = False
             self.compact()
             self.compact_own()
+            if dropped:
+                self._rewrite(HISTORY, AFTER_HISTORIES)
         self._unlogged = empty
 
     def end_restore(self, progress: Progress, own: Mapping[bytes, bytes | None] = NOTHING) -> None:
@@ -395,7 +474,7 @@ class RocksUserStore(RocksReader):
             self._unlogged = False
         batch = WriteBatch(raw_mode=True)
         batch.put(PROGRESS_KEY, progress.encode())
-        _put_own(batch, own)
+        _put(batch, own)
         batch.delete(RESTORING_KEY)
         self._write(batch)
         self._confirmed = progress
@@ -421,6 +500,17 @@ class RocksUserStore(RocksReader):
     def compact_own(self) -> None:
         """Rewrites the files that hold the store's own keys: what was deleted of them may have named users."""
         self._rewrite(OWN, USER)
+
+    def compact_histories(self, user: bytes) -> None:
+        """Rewrites the files that may hold what was deleted or replaced of a user's history."""
+        stem = history_stem(user)
+        cursor = self._open_db().iter()
+        cursor.seek_for_prev(stem)
+        before = cursor.key() if cursor.valid() else HISTORY
+        cursor.seek(after_stem(stem))
+        after = cursor.key() if cursor.valid() else AFTER_HISTORIES
+        del cursor  # it would keep the files that are to go
+        self._rewrite(max(before, HISTORY), min(after, AFTER_HISTORIES))
 
     def _rewrite(self, first: bytes, last: bytes | None) -> None:
         db = self._open_db()
@@ -490,6 +580,7 @@ class RocksUserStore(RocksReader):
             )
         self._sync.stop()
         self._end_reading()
+        self._with_histories = None
         with self._handle:
             release(self._db)
             self._db = open_for_writing(self.path, self._memory)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -42,6 +43,13 @@ def rows_of(*fills: int) -> np.ndarray:
 
 def held(store: UserStore | RocksReader, after: bytes | None = None) -> list[tuple[bytes, bytes]]:
     return [(user, row[PAYLOAD:].tobytes()) for user, row in store.iterate(after)]
+
+
+def histories_of(store: UserStore | RocksReader) -> list[tuple[bytes, bytes]]:
+    with closing(store.history_cursor()) as cursor:
+        entries = iter(cursor.next, None)
+        first = cursor.seek(b"")
+        return [] if first is None else [first, *entries]
 
 
 @pytest.fixture(params=["memory", "rocks"])
@@ -170,6 +178,7 @@ def test_another_process_keeps_the_lock_until_it_is_killed(tmp_path):
 
 
 USERS = st.one_of(st.binary(max_size=3), st.sampled_from(HOSTILE[:-1]))  # hypothesis warns of the longest one's repr
+HISTORIES = st.binary(max_size=2).map(b"h".__add__)
 INT64 = st.integers(-(2**63), 2**63 - 1)
 PROGRESS = st.builds(Progress, INT64, st.integers(0, 2**64 - 1), INT64, INT64, INT64, st.binary(max_size=48))
 
@@ -183,6 +192,7 @@ class StoresAgainstADictionary(RuleBasedStateMachine):
         self.path = Path(self.directory.name) / "store"
         self.stores: list[UserStore] = [MemoryUserStore(LAYOUT), RocksUserStore(self.path, LAYOUT)]
         self.expected: dict[bytes, int] = {}
+        self.histories: dict[bytes, bytes] = {}
         self.progress: Progress | None = None
         self.walks: list[tuple[Iterator[tuple[bytes, np.ndarray]], list[tuple[bytes, bytes]]]] = []
 
@@ -206,6 +216,28 @@ class StoresAgainstADictionary(RuleBasedStateMachine):
             store.write_batch(list(batch), rows_of(*batch.values()), progress, deleted=deleted)
         self.expected = {u: fill for u, fill in (self.expected | batch).items() if u not in deleted}
         self.progress = progress or self.progress
+        if batch or deleted:
+            self.histories = {}
+
+    @rule(
+        batch=st.dictionaries(USERS, st.integers(1, 255), max_size=3),
+        deleted=st.lists(USERS, max_size=2),
+        histories=st.dictionaries(HISTORIES, st.none() | st.binary(max_size=3), max_size=5),
+    )
+    def put_with_histories(
+        self, batch: dict[bytes, int], deleted: list[bytes], histories: dict[bytes, bytes | None]
+    ) -> None:
+        histories = {**histories, b"h": b"the book"}
+        for store in self.stores:
+            store.write_batch(list(batch), rows_of(*batch.values()), None, deleted=deleted, histories=histories)
+        self.expected = {u: fill for u, fill in (self.expected | batch).items() if u not in deleted}
+        self.histories = {k: v for k, v in (self.histories | histories).items() if v is not None}
+
+    @rule(first=HISTORIES, histories=st.dictionaries(HISTORIES, st.binary(max_size=3), max_size=2))
+    def cut_histories(self, first: bytes, histories: dict[bytes, bytes]) -> None:
+        for store in self.stores:
+            store.cut_histories(first, histories)
+        self.histories = {k: v for k, v in self.histories.items() if k < first} | histories
 
     @rule(data=st.data())
     def delete_some_who_are_there(self, data: st.DataObject) -> None:
@@ -247,6 +279,7 @@ class StoresAgainstADictionary(RuleBasedStateMachine):
             assert reader.layout == LAYOUT
             assert held(reader) == self.rows()
             assert reader.progress() == self.progress
+            assert histories_of(reader) == sorted(self.histories.items())
 
     @rule()
     def reopen(self) -> None:
@@ -270,6 +303,7 @@ class StoresAgainstADictionary(RuleBasedStateMachine):
         for store in getattr(self, "stores", []):
             assert held(store) == self.rows()
             assert store.progress() == self.progress
+            assert histories_of(store) == sorted(self.histories.items())
 
 
 TestStoresAgainstADictionary = StoresAgainstADictionary.TestCase

@@ -17,21 +17,24 @@ from learner.user_state import RowLayout
 from state.codec import UNKNOWN, Progress
 from state.erasure import erase_from_directory, erase_from_snapshot, erase_user
 from state.exceptions import ChangelogError, ReceiptError, StoreLocked, StoreWriteFailed
+from state.history_codec import Book
 from state.hot_rows import HotMemory, HotRows
-from state.keys import STANDING_KEY, user_key
+from state.keys import STANDING_KEY, history_stem, user_key
 from state.memory_store import MemoryUserStore
 from state.outbox import Outbox, Publication, entries, standing
 from state.outbox_codec import SESSION_BYTES, Standing
 from state.receipt import BEYOND_REACH, Receipt, Removal, read_receipt, write_receipt
-from state.snapshots.snapshot import snapshot
+from state.snapshots.snapshot import restore, snapshot
 from state.store import RocksReader, RocksUserStore, UserStore
 from streams.processor import Processor
 from streams.verification import verify_receipt_in_snapshots, verify_store
+from tests.histories import Keeper, counted, layout_of, recounted
 from tests.models import random_stream, small_model
 
 LAYOUT = RowLayout("full", 3, 0, 6)
 NAME = "Zaphod-of-Betelgeuse-1742"
 OTHERS = [f"user{k:05}".encode() for k in range(2000)]
+BOOK = Book(1 << 32, -1, 1, 12, 2, 32).encode()
 EMPTY = np.zeros((0, LAYOUT.row_bytes), np.uint8)
 IDS = {
     "in the middle": b"user01000-" + NAME.encode(), "first": b"!" + NAME.encode(), "last": b"\xff\xfe" + NAME.encode(),
@@ -249,6 +252,91 @@ def test_an_erasure_that_died_before_the_files_were_written_anew_is_finished_by_
         assert not erase_user(store, user, 0).found
     assert traces(tmp_path / "s", user, rings) == []
     assert progress_of(tmp_path / "s").users == 2000
+
+
+# --- histories
+
+
+def with_histories(store: RocksUserStore, user: str) -> tuple[Keeper, list[bytes]]:
+    """2,000 others and a user with 200 events, over several levels; and all that was ever stored of the user's."""
+    keeper, pieces = Keeper(store), []
+    others = [f"user{k:05}" for k in range(2000)]
+    for k in range(5):
+        users = [*others, *[user] * 40]
+        keeper.commit(
+            Interactions.from_columns(
+                users, [f"item {j % 997}" for j in range(len(users))], [j % 2 for j in range(len(users))],
+                [10**12 + 10**7 * k + j for j in range(len(users))], offsets=10**4 * k + np.arange(len(users)),
+            )
+        )  # fmt: skip
+        pieces += [v[8:] for key, v in keeper.contents().items() if key.startswith(history_stem(user.encode()))]
+        if k < 4:
+            store._rewrite(b"", b"\xff")
+    return keeper, pieces
+
+
+@pytest.mark.parametrize("before_the_row", [False, True])
+def test_no_event_of_the_user_is_left_in_a_file_that_holds_histories(tmp_path, before_the_row):
+    user = NAME.encode()
+    with RocksUserStore(tmp_path / "s", layout_of(32)) as store:
+        keeper, pieces = with_histories(store, NAME)
+        stem = history_stem(user)
+        others = {key: value for key, value in keeper.contents().items() if not key.startswith(stem) and key != b"h"}
+        store.sync()
+        assert traces(tmp_path, user, pieces)
+        assert traces(tmp_path, stem[1:], [])
+        if before_the_row:  # an earlier deletion, which stands in the files
+            keeper.hot.remove([user], 200)
+            assert traces(tmp_path, user, pieces)
+        assert erase_user(store, user, 0, hot=keeper.hot).found is not before_the_row
+        assert traces(tmp_path, user, pieces) == traces(tmp_path, stem[1:], []) == []
+        held = keeper.contents()
+        assert {key: value for key, value in held.items() if key != b"h"} == others
+        assert counted(keeper) == recounted(keeper) == (2000, 10_000, 4000)
+        assert verify_store(tmp_path / "s").sound
+    assert traces(tmp_path, user, pieces) == traces(tmp_path, stem[1:], []) == []
+
+
+def test_files_that_hold_histories_alone_are_written_anew_too(tmp_path):
+    user = NAME.encode()
+    stem, events = history_stem(user), bytes(range(100, 200))
+    with RocksUserStore(tmp_path / "s", LAYOUT) as store:
+        for batch in (
+            lambda: None,
+            lambda: store.write_batch([b"other"], rows_for([b"other"], 0), Progress(1, 0)),
+            lambda: store.write_batch([], EMPTY, None, histories={b"h": BOOK, stem: user, stem + bytes(4): events}),
+            lambda: store.cut_histories(b"h"),
+        ):
+            batch()
+            store._open_db().flush()  # each into a file of its own
+        assert traces(tmp_path, user, [events])
+        assert not erase_user(store, user, 0).found
+        assert traces(tmp_path, user, [events]) == traces(tmp_path, stem[1:], []) == []
+
+
+def test_a_worker_with_an_outbox_erases_the_history_too(tmp_path):
+    user, told = NAME.encode(), []
+    with RocksUserStore(tmp_path / "s", layout_of(32)) as store:
+        keeper, pieces = with_histories(store, NAME)
+        session = b"s" * SESSION_BYTES
+        store.write_batch([], keeper.hot.memory.slab[:0], None, own={STANDING_KEY: Standing(session, 0, 1).encode()})
+        hot = HotRows(store, keeper.hot.memory, Outbox(store, session))
+        assert erase_user(store, user, 0, hot=hot, tell=teller(hot, told)).found
+        assert traces(tmp_path, user, pieces) == traces(tmp_path, history_stem(user)[1:], []) == []
+        assert counted(keeper) == recounted(keeper) == (2000, 10_000, 4000)
+
+
+def test_snapshots_lose_histories_of_an_erased_user(tmp_path):
+    user, state = NAME.encode(), tmp_path / "state"
+    with RocksUserStore(state / "partition-0", layout_of(32)) as store:
+        _, pieces = with_histories(store, NAME)
+    snapshot(state, str(tmp_path / "snap"))
+    assert traces(tmp_path / "snap", history_stem(user)[1:], [])
+    erase_from_directory(state, user, [str(tmp_path / "snap")])
+    assert traces(tmp_path, user, pieces) == traces(tmp_path, history_stem(user)[1:], []) == []
+    restore(str(tmp_path / "snap"), tmp_path / "again")
+    with RocksUserStore(tmp_path / "again" / "partition-0", layout_of(32)) as store:
+        assert counted(Keeper(store)) == recounted(Keeper(store)) == (2000, 10_000, 4000)
 
 
 # --- memory

@@ -33,6 +33,7 @@ class Commands(LazyGroup):
         "restore": "streams.commands.restore:restore_snapshot",
         "verify": "streams.commands.verify:verify",
         "erase": "streams.commands.erase:erase",
+        "meta": "streams.commands.meta:app",
         "generate": "streams.commands.generate:generate",
         "config": "streams.commands.config:app",
     }

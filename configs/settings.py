@@ -11,7 +11,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-Share = float
+HISTORY_CHUNK = 32
+"""Events; ``state.history_codec`` writes histories in chunks of so many"""
 
 
 class Section(BaseModel):
@@ -365,6 +366,91 @@ class WorkerSettings(Section):
     """0: any free one, see the log"""
 
 
+class HistorySettings(Section):
+    """The reservoir of whole histories, 8 bytes an event, of a sample of the users of a partition."""
+
+    events: PositiveInt = 4_000_000
+    """Of a partition; with more, half of its users are let go"""
+    events_per_user: int = Field(default=2_500, ge=32)
+    """The latest so many; older ones are dropped"""
+
+
+class AnchorSettings(Section):
+    """Frozen histories on which every version is measured."""
+
+    held_out: float = Field(default=0.05, gt=0, le=0.5)
+    """Share of the users who never feed a meta-update, so that anchors do not measure the fit"""
+    users: PositiveInt = 256
+    """Of a cohort"""
+    slice_events: PositiveInt = 100_000
+    """A new time slice of cohorts begins after so many events"""
+    query: int = Field(default=20, ge=4)
+    """Events of a user that are predicted"""
+    segment: str | None = None
+    """A categorical user feature: its values are cohorts too"""
+
+
+class GateSettings(Section):
+    """What a version must stand before it serves."""
+
+    enabled: bool = True
+    """Off: every candidate serves at once, whatever it does"""
+    limit: PositiveFloat = 0.003
+    """Nats by which the log-loss of a cohort may rise over its best"""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    bootstrap_samples: int = Field(default=400, ge=100)
+    min_users: int = Field(default=100, ge=2)
+    """Cohorts of fewer are judged together"""
+    min_stream_users: int = Field(default=16, ge=2)
+    """In a span of fewer the stream itself does not judge"""
+    shadow: bool = True
+    """Score a candidate on the next events of the stream before it serves anybody"""
+    canary_share: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the users, by a hash of their id, who are served by it before the others; 0: nobody"""
+    patience: PositiveInt = 3
+    """Rejections in a row before the next rung: smaller rate, more replay, distillation, freeze"""
+
+
+class AlarmSettings(Section):
+    """Who is told, beside the log."""
+
+    webhook: str | None = None
+    """An http or https URL that takes JSON"""
+    min_interval_s: PositiveFloat = 60.0
+    """Between two alarms of one kind"""
+
+
+class MetaSettings(Section):
+    """The online stage: the stream improves what all users share."""
+
+    moves: Literal["off", "initialization", "biases", "everything"] = "off"
+    """``biases``: the initialization and the items' biases"""
+    every_events: PositiveInt = 5_000
+    """Of the stream, between two rounds"""
+    users: PositiveInt = 256
+    """Whose histories a round's gradient is summed over"""
+    recent_share: float = Field(default=0.25, ge=0, le=1)
+    """Of them, seen since the last round; the others are a replay of all earlier ones, offline users too"""
+    rate: PositiveFloat = 1e-2
+    """Of Adam, where everything moves"""
+    narrow_rate: PositiveFloat = 3e-2
+    """Of Adam, where less than everything moves"""
+    kl_weight: float = Field(default=0.4, ge=0)
+    """Of the items' prior, where their embeddings or biases move"""
+    rebase: Literal["history", "ring", "closed"] = "history"
+    """How a user's row comes onto a new version: from the whole history where it is kept, from the latest events, or
+    by exchanging the prior"""
+    directory: Path | None = None
+    """Where versions and their lineage are kept"""
+    keep_versions: PositiveInt = 10
+    hmac: SecretRule = SecretRule()
+    """A key that signs the lineage"""
+    histories: HistorySettings = HistorySettings()
+    anchors: AnchorSettings = AnchorSettings()
+    gate: GateSettings = GateSettings()
+    alarms: AlarmSettings = AlarmSettings()
+
+
 class Settings(Section):
     """Everything a run needs."""
 
@@ -376,3 +462,13 @@ class Settings(Section):
     kafka: KafkaSettings = KafkaSettings()
     stream: StreamSettings = StreamSettings()
     worker: WorkerSettings = WorkerSettings()
+    meta: MetaSettings = MetaSettings()
+
+    @model_validator(mode="after")
+    def _rings_hold_a_chunk(self) -> Settings:
+        if self.meta.moves != "off" and self.state.ring < HISTORY_CHUNK:
+            raise ValueError(
+                f"meta.moves {self.meta.moves} keeps histories in chunks of {HISTORY_CHUNK} events, which a row must "
+                f"hold: set state.ring (now {self.state.ring}) to at least {HISTORY_CHUNK}"
+            )
+        return self

@@ -3,8 +3,9 @@
     manifest.json        format version, library versions, settings, vocabulary, encoders, metrics, fingerprint
     model.safetensors    fixed.*, first.*, second.*: what the stream serves
                          parameters.*: every trainable tensor, the item posterior included, for later updates
+    histories.safetensors   what later updates replay of the offline users (``learner.offline_histories``)
 
-The fingerprint is the SHA-256 of the canonical manifest, which holds the SHA-256 of the tensors: any changed byte
+The fingerprint is the SHA-256 of the canonical manifest, which holds the SHA-256 of both files: any changed byte
 shows. Only the clock's readings (``wall_clock``) stand outside it, so that the same training gives the same
 fingerprint, interrupted or not. ArtifactError names what differs.
 """
@@ -26,16 +27,18 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from configs.exceptions import ColdstreamError
 from configs.settings import LearnerSettings, TrainingSettings
 from learner.features import Catalogue, EncodedField, FeatureEncoder, FeatureField, SparseRows
+from learner.offline_histories import OfflineHistories
 from learner.serving import FirstFilter, FixedPart, SecondFilter, ServingModel
 
 FORMAT_VERSION = 1
 """Raised when a reader of the old layout would misread the new one."""
-MANIFEST, TENSORS = "manifest.json", "model.safetensors"
+MANIFEST, TENSORS, HISTORIES = "manifest.json", "model.safetensors", "histories.safetensors"
+HISTORIES_HASH = "histories_sha256"
 WALL_CLOCK = "wall_clock"
 """Part of the manifest outside the fingerprint."""
 _CLOCK_METRICS = frozenset({"train_s"})
@@ -63,6 +66,8 @@ class Artifact:
     fingerprint: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Library versions of the process that wrote it."""
+    offline: OfflineHistories | None = None
+    """What was trained on; not there in a model that was read, see ``read_histories``"""
 
     def with_metrics(self, **metrics: Any) -> Artifact:
         """The same model with more said about how it was made."""
@@ -85,6 +90,7 @@ def write_artifact(directory: Path, artifact: Artifact) -> str:
         "format_version": FORMAT_VERSION,
         "versions": library_versions(),
         "tensors_sha256": _sha256(directory / TENSORS),
+        **_write_histories(directory, artifact.offline),
         "learner": artifact.learner.model_dump(mode="json"),
         "training": artifact.training.model_dump(mode="json"),
         "item_ids": list(artifact.fixed.item_ids),
@@ -134,6 +140,33 @@ def read_artifact(directory: Path) -> Artifact:
         manifest["fingerprint"],
         manifest["versions"],
     )  # fmt: skip
+
+
+def read_histories(directory: Path) -> OfflineHistories:
+    """The offline users' histories of a model. Raises ArtifactError where it has none, or they are damaged."""
+    manifest, path = _verified_manifest(directory), directory / HISTORIES
+    if HISTORIES_HASH not in manifest:
+        raise ArtifactError(
+            f"{directory} was written without {HISTORIES}, so the online stage has nothing to replay: train it again"
+        )
+    if not path.is_file() or _sha256(path) != manifest[HISTORIES_HASH]:
+        raise ArtifactError(f"{path} is missing, or does not match its hash in {MANIFEST}: copy the whole directory")
+    try:
+        return OfflineHistories.of(load_file(path))
+    except (KeyError, SafetensorError) as error:
+        raise ArtifactError(f"{path} cannot be read as histories: {error}; train the model again") from error
+
+
+def _write_histories(directory: Path, offline: OfflineHistories | None) -> dict[str, str]:
+    """What the manifest says of them."""
+    path = directory / HISTORIES
+    if offline is None:
+        path.unlink(missing_ok=True)
+        return {}
+    partial = path.with_name(path.name + ".partial")
+    save_file({name: np.asarray(array, order="C") for name, array in offline.tensors().items()}, partial)
+    partial.replace(path)
+    return {HISTORIES_HASH: _sha256(path)}
 
 
 def library_versions() -> dict[str, str]:

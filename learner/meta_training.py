@@ -7,6 +7,7 @@ ordinal auxiliary loss. Checkpoints hold everything that moves, so a resumed run
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -27,9 +28,11 @@ from configs.settings import LearnerSettings, TrainingSettings
 from learner.artifact import Artifact
 from learner.features import Catalogue, FeatureEncoder, FeatureField, SparseRows
 from learner.interactions import Interactions
+from learner.offline_histories import kept_histories
 from learner.recommender import PackedSequences, Recommender, RecommenderSpec, padded
 from learner.scan import scan_threads
 from learner.serving import nearest_grades, raw_features
+from learner.user_hash import held_out_users
 
 MAX_GRADES = 20
 """More distinct values than this are no grades: the settings must then name the grades to use."""
@@ -325,16 +328,24 @@ def meta_train(
     learner: LearnerSettings,
     training: TrainingSettings,
     *,
+    held_out: float = 0.0,
     checkpoints: Path | None = None,
     progress: Callable[[EpochReport], None] | None = None,
 ) -> Artifact:
-    """The whole offline stage, from events to a model. Raises TrainingError when there is nothing to learn from."""
+    """The whole offline stage, from events to a model. Raises TrainingError when there is nothing to learn from.
+
+    ``held_out``: share of the users who are not learned from, see ``learner.anchors``; their histories are kept too.
+    """
+    offline = offline.pruned()
+    held = held_out_users([user.encode() for user in offline.user_ids], held_out)
+    learned = offline if not held.any() else offline.take(np.flatnonzero(~held[offline.user])).pruned()
     with scan_threads(training.threads):
-        spec, sequences = prepare(offline, users, items, learner)
+        spec, sequences = prepare(learned, users, items, learner)
         trainer = MetaTrainer(spec, sequences, training)
         start = time.perf_counter()
         trainer.run(checkpoints, progress)
-        return trainer.artifact(seconds=time.perf_counter() - start)
+        artifact = trainer.artifact(seconds=time.perf_counter() - start)
+    return dataclasses.replace(artifact, offline=kept_histories(offline, held, spec, users, training.seed))
 
 
 def one_cycle(step: int, steps: int) -> tuple[float, float]:

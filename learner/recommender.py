@@ -12,6 +12,7 @@ T events of a batch, U distinct items of it.
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,13 @@ LOGISTIC_VARIANCE = 0.3927
 DENSE_FEATURE_COLUMNS = 256
 """Up to so many feature columns the items' features are a dense matrix, one product a step; beyond it a million items
 would need gigabytes, and a sparse sum takes its place."""
+ITEM_TABLES = (
+    "item_embedding", "item_bias", "item_embedding_log_sigma", "item_bias_log_sigma", "ordinal_item",
+)  # fmt: skip
+"""Parameters with a row for each item of the vocabulary"""
+NEW_LOG_SIGMA = {"item_embedding_log_sigma": math.log(0.1), "item_bias_log_sigma": math.log(0.2)}
+"""Where the posterior of an item begins that nothing was learned of; other tables begin at zero, but for the noise
+that breaks the symmetry before the offline stage"""
 USER_FEATURE_RANK = 8
 """W is a product of rank 8 per feature: enough for a few dozen categories, and starts at zero gently."""
 
@@ -141,8 +149,9 @@ class Recommender(nn.Module):
         self.spec = spec
         self.item_embedding = nn.Parameter(torch.randn(items, width) * 0.02)
         self.item_bias = nn.Parameter(torch.zeros(items))
-        self.item_embedding_log_sigma = nn.Parameter(torch.full((items, width), math.log(0.1)))
-        self.item_bias_log_sigma = nn.Parameter(torch.full((items,), math.log(0.2)))
+        embedding_log_sigma, bias_log_sigma = NEW_LOG_SIGMA.values()
+        self.item_embedding_log_sigma = nn.Parameter(torch.full((items, width), embedding_log_sigma))
+        self.item_bias_log_sigma = nn.Parameter(torch.full((items,), bias_log_sigma))
         self.prior_log_scale = nn.Parameter(torch.full((width,), math.log(0.2)))
         self.prior_bias_log_scale = nn.Parameter(torch.tensor(math.log(0.5)))
         self.item_feature_weights = nn.Parameter(torch.randn(spec.item_encoder.width, width) * 0.05)
@@ -171,7 +180,7 @@ class Recommender(nn.Module):
             self.ordinal_threshold = nn.Parameter(torch.linspace(3, -1.5, grades - 1))
             self.ordinal_item = nn.Parameter(torch.zeros(items, grades - 1))
             self.ordinal_projection = nn.Parameter(torch.zeros(width, grades - 1))
-        self._register_item_features(spec)
+        self.register_item_features(spec)
         field_of = torch.from_numpy(spec.user_encoder.field_of_column())
         self.register_buffer("user_field", field_of, persistent=False)
 
@@ -188,7 +197,8 @@ class Recommender(nn.Module):
             e = e + self._item_feature_part(items)
         return e, bias
 
-    def _register_item_features(self, spec: RecommenderSpec) -> None:
+    def register_item_features(self, spec: RecommenderSpec) -> None:
+        """Takes in the features of the spec's vocabulary, in place of those it had."""
         self.dense_features = spec.item_encoder.width <= DENSE_FEATURE_COLUMNS
         columns, weights = padded(spec.item_features)
         if self.dense_features:
@@ -199,6 +209,24 @@ class Recommender(nn.Module):
         else:
             self.register_buffer("item_columns", columns, persistent=False)
             self.register_buffer("item_weights", weights, persistent=False)
+
+    def restricted(self, rows: Tensor) -> Recommender:
+        """The same model with a vocabulary of these rows, which has its own copy of their item tables.
+
+        Everything else is shared, gradients too: a step over a few thousand of a million items then touches those.
+        """
+        part = copy.copy(self)
+        part._parameters = {
+            name: nn.Parameter(parameter.detach().index_select(0, rows)) if name in ITEM_TABLES else parameter
+            for name, parameter in self._parameters.items()
+            if parameter is not None
+        }
+        features = ("item_features",) if self.dense_features else ("item_columns", "item_weights")
+        part._buffers = {
+            name: None if buffer is None else buffer.index_select(0, rows) if name in features else buffer
+            for name, buffer in self._buffers.items()
+        }
+        return part
 
     def _item_feature_part(self, items: Tensor) -> Tensor:
         """(U, D) C·features of the given rows."""

@@ -20,6 +20,7 @@ from learner.filters import Float as Float
 from learner.filters import ItemTable as ItemTable
 from learner.filters import SecondFilter as SecondFilter
 from learner.interactions import FeatureColumn
+from learner.user_state import item_hash, ring_item
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,52 @@ class FixedPart:
     """(G,) the graded values in rising order; empty without graded targets"""
 
 
+RawFeatures = tuple[str | None, ...]
+"""One entity's raw texts, in the order of its encoder's fields"""
+
+
+class HashedItems:
+    """Rows by ``ring_item``: the vocabulary in one sorted array, and what was added since beside it."""
+
+    def __init__(self, item_ids: Sequence[str]) -> None:
+        self._vocabulary = item_ids
+        self._added: dict[int, int] = {}
+        self._sorted: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
+        self._late: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
+
+    def add(self, item: str, row: int) -> None:
+        """Of two items with the same 40 bits the first stays."""
+        self._added.setdefault(ring_item(item_hash(item)), row)
+        self._late = None
+
+    def rows(self, item: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """(n,) −1 where the item is not known."""
+        if self._sorted is None:  # at first use: a model that never moves a row needs none
+            hashes = np.fromiter((ring_item(item_hash(i)) for i in self._vocabulary), np.uint64, len(self._vocabulary))
+            self._sorted = _in_order(hashes, np.arange(len(hashes)))
+        if self._late is None:
+            late = np.fromiter(self._added, np.uint64, len(self._added))
+            self._late = _in_order(late, np.fromiter(self._added.values(), np.int64, len(late)))
+        rows = _found(*self._sorted, item)
+        missing = rows < 0
+        if missing.any():
+            rows[missing] = _found(*self._late, item[missing])
+        return rows
+
+
+def _in_order(hashes: NDArray[np.uint64], rows: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    order = np.argsort(hashes, kind="stable")
+    return hashes[order], rows[order]
+
+
+def _found(hashes: NDArray[np.uint64], rows: NDArray[np.int64], item: NDArray[np.uint64]) -> NDArray[np.int64]:
+    if not len(hashes):
+        return np.full(len(item), -1)
+    place = np.searchsorted(hashes, item)
+    inside = np.minimum(place, len(hashes) - 1)
+    return np.where(hashes[inside] == item, rows[inside], -1)
+
+
 class ServingModel:
     """Looks up what the kernel needs for ids and features. Not thread-safe: the item table grows.
 
@@ -86,7 +133,31 @@ class ServingModel:
         self._table = project_items(fixed, fixed.item_embedding, fixed.item_bias, fixed.item_features)
         self._count = len(fixed.item_ids)
         self._rows = {item: row for row, item in enumerate(fixed.item_ids)}
+        self._met: dict[str, RawFeatures | None] = {}
+        """Items that the stream brought, and their raw features at first sight"""
+        self._hashes = HashedItems(fixed.item_ids)
         self._unknown = self._append((None,))
+
+    def successor(
+        self, fixed: FixedPart, first: FirstFilter, second: SecondFilter | None, meta_version: int
+    ) -> ServingModel:
+        """Another version of the parameters, in the place of this one: same catalogues, and the same items met.
+
+        The vocabulary may have grown, by items met or others.
+        """
+        new = ServingModel(
+            fixed, first, second, users=self._users, items=self._items, meta_version=meta_version,
+            fingerprint=self.fingerprint,
+        )  # fmt: skip
+        for item, raw in self._met.items():
+            if item not in new._rows:
+                new._meet(item, raw)
+        return new
+
+    @property
+    def met_items(self) -> Mapping[str, RawFeatures | None]:
+        """Items outside the vocabulary that the stream brought, with their raw features, in the order they came."""
+        return self._met
 
     @property
     def items(self) -> ItemTable:
@@ -117,13 +188,25 @@ class ServingModel:
         self, user_ids: Sequence[str], event_features: Mapping[str, FeatureColumn]
     ) -> NDArray[np.float32]:
         """(len(user_ids), d) every user's start: φ_0 + W·features."""
-        means = np.tile(self.first.initialization, (len(user_ids), 1))
+        return self.means_of(self.user_features(user_ids, event_features))
+
+    def user_features(self, user_ids: Sequence[str], event_features: Mapping[str, FeatureColumn]) -> SparseRows:
+        """len(user_ids) rows of the users' encoded features: the catalogue's, or those of their events."""
         encoder = self.fixed.user_encoder
-        if encoder.width and len(user_ids):
-            raw = raw_features(encoder.fields, self._users, user_ids, range(len(user_ids)), event_features)
-            rows = encoder.encode(raw)
-            _add_weighted_rows(means, rows.starts, rows.columns, rows.weights, self.fixed.user_feature_weights)
+        if not encoder.width:
+            return encoder.encode([None] * len(user_ids))
+        return encoder.encode(raw_features(encoder.fields, self._users, user_ids, range(len(user_ids)), event_features))
+
+    def means_of(self, features: SparseRows) -> NDArray[np.float32]:
+        """(len(features), d) starts of users with these features: φ_0 + W·features."""
+        means = np.tile(self.first.initialization, (len(features), 1))
+        _add_weighted_rows(means, features.starts, features.columns, features.weights, self.fixed.user_feature_weights)
         return means
+
+    def rows_of(self, item: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """(n,) rows into ``items`` by ``learner.user_state.ring_item``; that of an unknown item where none is known."""
+        rows = self._hashes.rows(item)
+        return np.where(rows < 0, self._unknown, rows)
 
     def named_items(self) -> tuple[tuple[str, ...], ItemTable]:
         """Every item that can be named without an event: the vocabulary, the items met so far, the catalogue's.
@@ -165,12 +248,21 @@ class ServingModel:
         raw = raw_features(self.fixed.item_encoder.fields, self._items, item_ids, positions, event_features)
         rows = []
         for item, row in zip(item_ids, raw, strict=True):
-            rows.append(self._unknown if row is None else self._append(row))
             if settle or row is not None:
-                self._rows[item] = rows[-1]
+                rows.append(self._meet(item, row))
+            else:
+                rows.append(self._unknown)
         return rows
 
-    def _append(self, raw: tuple[str | None, ...]) -> int:
+    def _meet(self, item: str, raw: RawFeatures | None) -> int:
+        """The row of an item that is not in the vocabulary."""
+        row = self._unknown if raw is None else self._append(raw)
+        self._rows[item] = row
+        self._met[item] = raw
+        self._hashes.add(item, row)
+        return row
+
+    def _append(self, raw: RawFeatures) -> int:
         features = self.fixed.item_encoder.encode([raw])
         width = self.fixed.item_embedding.shape[1]
         added = project_items(self.fixed, np.zeros((1, width), np.float32), np.zeros(1, np.float32), features)

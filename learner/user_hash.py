@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 CANARY, HELD_OUT, OFFLINE = 0x2545F491, 0x9E3779B9, 0x85EBCA77
 """Salts: who is served by a version before the others; who is never learned from, but measured on; which partition an
 offline user counts as one of"""
-_ALL = np.uint64(1) << np.uint64(32)
+_ALL = 2.0**32
 
 
 def user_crcs(users: Sequence[bytes]) -> NDArray[np.uint32]:
@@ -33,7 +33,8 @@ def mixed(crcs: NDArray[np.uint32], salt: int) -> NDArray[np.uint32]:
 
 def drawn(crcs: NDArray[np.uint32], salt: int, share: float) -> NDArray[np.bool_]:
     """(n,) whether a user is among this share of all users."""
-    return mixed(crcs, salt) < np.uint64(share * float(_ALL))
+    chosen: NDArray[np.bool_] = mixed(crcs, salt) < share * _ALL
+    return chosen
 
 
 def held_out_users(users: Sequence[bytes], share: float) -> NDArray[np.bool_]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -13,18 +14,21 @@ from numpy.typing import NDArray
 from configs.settings import StateSettings
 from learner.adaptation import Adaptation, Adapted, EventColumns
 from learner.event_clock import NOBODY, Ticks, advance, new_clock
+from learner.features import SparseRows
 from learner.interactions import Interactions
 from learner.serving import ServingModel
 from learner.user_state import HEADER_BYTES, ItemHashes, RowLayout, Slab, new_rows
 from state.erasure import Tell, erase_user
 from state.exceptions import ChangelogError
 from state.expiry import Expiry, idle_up_to, pack_clock, unpack_clock
+from state.histories import HistoryBook, HistoryLimits
 from state.hot_rows import HotMemory, HotRows
 from state.keys import STANDING_KEY
 from state.outbox import CommitLog
 from state.receipt import Removal
 from state.store import UserStore
 from state.sweep import SWEEP_ROWS, Sweeper
+from streams.versions import Mover, Rebase, Serving, share_items
 
 OpenStore = Callable[[int, RowLayout], UserStore]
 """(topic partition, layout of the rows) -> its store"""
@@ -64,6 +68,8 @@ class Counts:
     """Came back after they had been idle for too long, and started anew"""
     users_swept: int = 0
     """Were idle for too long and taken out before they came back"""
+    users_moved: int = 0
+    """Came onto another version of the shared parameters"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +98,21 @@ class Processor:
     stream goes on after the store's offset, and a row skips what it has applied. How the stream is cut changes no bit.
     After an error nothing of the commit counts, and the same records may come again.
     With ``state.expire_after_days``, each commit first sweeps a few rows of idle users out.
+    ``serve`` names the versions of the shared parameters from there on; until then it is ``model``. With ``limits``,
+    users' whole histories are kept beside their rows, of as many users as the limits allow (``state.histories``).
     ``log`` makes what is told of a partition's commits, those that take users out too (``state.outbox``).
     Use as a context: it closes the stores it opened. Not for several threads at once.
     """
 
     def __init__(
-        self, model: ServingModel, open_store: OpenStore, state: StateSettings, *, log: OpenLog | None = None
+        self,
+        model: ServingModel,
+        open_store: OpenStore,
+        state: StateSettings,
+        *,
+        log: OpenLog | None = None,
+        limits: HistoryLimits | None = None,
+        rebase: Rebase = "history",
     ) -> None:
         self.model = model
         self.layout = RowLayout.of(model.first, model.second, state.ring)
@@ -110,7 +125,12 @@ class Processor:
         self._hot: dict[int, HotRows] = {}
         self._sweepers: dict[int, Sweeper] = {}
         self._log = log
-        self._adaptation = Adaptation(self.layout, model.first, model.second)
+        self._adaptations = {model: Adaptation(self.layout, model.first, model.second)}
+        self._serving: dict[int, Serving] = {}
+        self._limits = limits
+        self._books: dict[int, HistoryBook] = {}
+        self._mover = Mover(self.layout, rebase)
+        self._moved = {"history": 0, "ring": 0, "closed": 0}
         self._hashes = ItemHashes()
 
     def __enter__(self) -> Self:
@@ -140,11 +160,39 @@ class Processor:
                 "another state directory"
             )
         self._hot[partition] = HotRows(store, self._memory, None if self._log is None else self._log(partition, store))
+        if self._limits is not None:
+            self._books[partition] = HistoryBook(store, self.layout, self._limits, len(self.model.fixed.grades))
+
+    def serve(self, partition: int, serving: Serving) -> None:
+        """From the next event on these versions serve the partition's users; their rows move when they come.
+
+        To be called between two calls of ``process``, at a source offset that the caller records.
+        """
+        share_items((*self._serves(partition).models(), *serving.models()))
+        self._serving[partition] = serving
+        served = [model for each in self._serving.values() for model in each.models()]
+        self._adaptations = {
+            model: self._adaptations.get(model) or Adaptation(self.layout, model.first, model.second)
+            for model in (self.model, *served)
+        }
+
+    @property
+    def moved(self) -> Mapping[str, int]:
+        """Rows that came onto another version, by the way they took."""
+        return self._moved
+
+    def book(self, partition: int) -> HistoryBook:
+        """The histories of the partition's users. ValueError without ``limits``."""
+        if self._limits is None:
+            raise ValueError("this processor keeps no histories")
+        self._rows(partition)
+        return self._books[partition]
 
     def release(self, partition: int) -> None:
         """Closes the partition's store and drops its rows from memory; without one, nothing is done."""
         hot = self._hot.pop(partition, None)
-        self._sweepers.pop(partition, None)
+        for of_partition in (self._sweepers, self._serving, self._books):
+            of_partition.pop(partition, None)
         if hot is not None:
             hot.forget()
             hot.store.close()
@@ -168,13 +216,14 @@ class Processor:
         if through is not None and n and through < records.offset[-1]:
             raise ValueError(f"the records end at offset {records.offset[-1]}, after the {through} they are to go to")
         result = Predictions(np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.bool_))
-        columns = self._columns(records, settle=True)
+        serving = self._serves(partition)
+        columns = {model: self._columns(model, records, settle=True) for model in serving.models()}
         done = self._skipped(hot, records, result)
         while done < n:
             self.sweep(partition)
             part = self._next_part(hot, records, done, through)
             try:
-                adapted = self._learn(hot, records, columns, part, payload)
+                adapted = self._learn(partition, records, columns, part, payload)
             except BaseException:
                 hot.forget()  # rows in memory may have learned what the store has not
                 raise
@@ -182,19 +231,23 @@ class Processor:
             result.applied[part.events] = adapted.applied
             done = part.events.stop
         if through is not None:
-            self._advance(hot, through)
+            self._advance(partition, through)
         return result
 
     def predict(self, partition: int, records: Interactions) -> Predictions:
         """Predicts each record from its user's row as it stands: no label is used and nothing is written."""
-        hot = self._rows(partition)
+        hot, serving = self._rows(partition), self._serves(partition)
         codes, user = np.unique(records.user, return_inverse=True)
-        rows, found = hot.store.get_many([records.user_ids[code].encode() for code in codes.tolist()])
+        users = [records.user_ids[code].encode() for code in codes.tolist()]
+        rows, found = hot.store.get_many(users)
         found &= self.layout.rows(rows)["last_offset"] > self._idle_now(hot)
-        rows[~found] = self._started(records, codes[~found])
-        columns = _part(self._columns(records, settle=False), slice(None), user.astype(np.int32))
-        adapted = self._adaptation.predict(rows, columns, self.model.items)
-        return Predictions(adapted.logit, adapted.probability, adapted.applied)
+        said = Adapted(*_no_predictions(len(records)), 0)
+        for model, places in serving.groups(users):
+            self._ready(partition, model, rows, places, users, records, codes, ~found)
+            chosen = np.flatnonzero(np.isin(user, places))
+            events = _part(self._columns(model, records, settle=False), chosen, user[chosen].astype(np.int32))
+            said = _put(said, chosen, self._adaptations[model].predict(rows, events, model.items))
+        return Predictions(said.logit, said.probability, said.applied)
 
     def sweep(self, partition: int, rows: int = SWEEP_ROWS) -> int:
         """Goes on with the sweep over the partition's next ``rows`` rows; returns how many idle users it took out.
@@ -217,12 +270,13 @@ class Processor:
         hot = self._rows(partition)
         return erase_user(hot.store, user_id.encode(), partition, hot=hot, tell=tell)
 
-    def _advance(self, hot: HotRows, offset: int) -> None:
+    def _advance(self, partition: int, offset: int) -> None:
         """A commit without rows, unless the store is there already."""
+        hot = self._hot[partition]
         progress = hot.progress()
         if progress is None or progress.offset < offset:
             clock = b"" if progress is None else progress.clock
-            hot.write(np.zeros(0, np.int32), offset, self.model.meta_version, clock)
+            hot.write(np.zeros(0, np.int32), offset, self._serves(partition).model.meta_version, clock)
 
     def _skipped(self, hot: HotRows, records: Interactions, result: Predictions) -> int:
         """How many of the records the store's offset covers: applied before, even if their users are gone since."""
@@ -243,11 +297,14 @@ class Processor:
                 raise
         return self._hot[partition]
 
-    def _columns(self, records: Interactions, settle: bool) -> EventColumns:
-        item_rows = self.model.item_rows(records.item_ids, records.item_features, settle=settle)
+    def _serves(self, partition: int) -> Serving:
+        return self._serving.get(partition) or Serving(self.model)
+
+    def _columns(self, model: ServingModel, records: Interactions, settle: bool) -> EventColumns:
+        item_rows = model.item_rows(records.item_ids, records.item_features, settle=settle)
         return EventColumns(
-            records.user, records.item, records.label, self.model.grades(records.value),
-            records.event_time_ms, records.offset, item_rows, self._hashes.of(records.item_ids),
+            records.user, records.item, records.label, model.grades(records.value), records.event_time_ms,
+            records.offset, item_rows, self._hashes.of(records.item_ids),
         )  # fmt: skip
 
     def _next_part(self, hot: HotRows, records: Interactions, start: int, through: int | None) -> _Part:
@@ -264,44 +321,109 @@ class Processor:
         return _Part(slice(start, stop), codes, user.astype(np.int64), first, ticks, offset)
 
     def _learn(
-        self, hot: HotRows, records: Interactions, columns: EventColumns, part: _Part, payload: Payload | None
+        self,
+        partition: int,
+        records: Interactions,
+        columns: Mapping[ServingModel, EventColumns],
+        part: _Part,
+        payload: Payload | None,
     ) -> Adapted:
         """One commit: reads the users' rows, walks the events, writes the rows that learned something."""
-        memory = self._memory
-        slots, unknown = hot.acquire([records.user_ids[code].encode() for code in part.codes.tolist()])
+        hot, memory, book = self._hot[partition], self._memory, self._books.get(partition)
+        users = [records.user_ids[code].encode() for code in part.codes.tolist()]
+        slots, unknown = hot.acquire(users)
         starting, expired = np.zeros(len(slots), np.bool_), 0
         starting[unknown] = True
         if part.ticks is not None:
             idle = (memory.rows["last_offset"][slots] <= part.ticks.idle[part.first]) & ~starting
             starting |= idle
             expired = int(idle.sum())
-        memory.slab[slots[starting]] = self._started(records, part.codes[starting])
-        event_slots = slots[part.user]
-        adapted = self._adaptation.learn(memory.slab, _part(columns, part.events, event_slots), self.model.items)
+        adapted = Adapted(*_no_predictions(len(part.user)), 0)
+        groups, ways = list(self._serves(partition).groups(users)), Counter[Rebase]()
+        for model, places in groups:
+            ways += self._ready(partition, model, memory.slab, places, users, records, part.codes, starting, slots)
+        pending = None
+        if book is not None:
+            pending = book.before(
+                users, memory.rows, slots, starting, memory.stored_events[slots],
+                lambda places: self._features(records, part.codes[places]),
+            )  # fmt: skip
+        for model, places in groups:
+            chosen = slice(None) if len(groups) == 1 else np.flatnonzero(np.isin(part.user, places))
+            events = _part(_taken(columns[model], part.events), chosen, slots[part.user[chosen]])
+            adapted = _put(adapted, chosen, self._adaptations[model].learn(memory.slab, events, model.items))
+        histories: dict[bytes, bytes | None] = {}
+        if book is not None and pending is not None:
+            of_commit = _taken(next(iter(columns.values())), part.events)
+            histories = book.after(pending, part.user, of_commit, adapted.applied)
         told = b"" if payload is None else payload(records.take(part.events), adapted)
-        self._write(hot, part, slots, adapted.applied, told)
-        self.counts.events += len(event_slots)
-        self.counts.skipped += len(event_slots) - int(adapted.applied.sum())
+        self._write(partition, part, slots, adapted.applied, told, histories)
+        self.counts.events += len(part.user)
+        self.counts.skipped += len(part.user) - int(adapted.applied.sum())
         self.counts.guarded += adapted.guarded
         self.counts.users_created += len(unknown)
         self.counts.users_expired += expired
+        self.counts.users_moved += ways.total()
+        for way, rows in ways.items():
+            self._moved[way] += rows
         return adapted
 
-    def _started(self, records: Interactions, codes: NDArray[np.int32]) -> Slab:
-        """(len(codes), row_bytes) rows of these users before their first event."""
+    def _ready(
+        self,
+        partition: int,
+        model: ServingModel,
+        slab: Slab,
+        places: NDArray[np.int64],
+        users: Sequence[bytes],
+        records: Interactions,
+        codes: NDArray[np.int32],
+        starting: NDArray[np.bool_],
+        slots: NDArray[np.int32] | None = None,
+    ) -> Counter[Rebase]:
+        """The rows at ``places`` of the users stand on ``model``: the starting ones begin, others move if they must.
+
+        Returns how many moved, by the way they took.
+        """
+        at = places if slots is None else slots[places]
+        new = starting[places]
+        slab[at[new]] = self._started(model, records, codes[places[new]])
+        stale = np.flatnonzero(self.layout.rows(slab)["meta_version"][at] != model.meta_version)
+        if not len(stale):
+            return Counter()
+        moving = places[stale]
+        moved = self._mover.move(
+            slab[at[stale]], [users[k] for k in moving.tolist()], model, self._adaptations[model],
+            lambda some: self._features(records, codes[moving[some]]), self._books.get(partition),
+            self._serves(partition).earlier,
+        )  # fmt: skip
+        slab[at[stale]] = moved.slab
+        return moved.ways
+
+    def _features(self, records: Interactions, codes: NDArray[np.int32]) -> SparseRows:
         chosen = codes.tolist()
-        features = {name: tuple(column[code] for code in chosen) for name, column in records.user_features.items()}
-        means = self.model.initial_means([records.user_ids[code] for code in chosen], features)
-        return new_rows(self.layout, self.model.first, self.model.second, means, self.model.meta_version)
+        carried = {name: tuple(column[code] for code in chosen) for name, column in records.user_features.items()}
+        return self.model.user_features([records.user_ids[code] for code in chosen], carried)
+
+    def _started(self, model: ServingModel, records: Interactions, codes: NDArray[np.int32]) -> Slab:
+        """(len(codes), row_bytes) rows of these users before their first event."""
+        means = model.means_of(self._features(records, codes))
+        return new_rows(self.layout, model.first, model.second, means, model.meta_version)
 
     def _write(
-        self, hot: HotRows, part: _Part, slots: NDArray[np.int32], applied: NDArray[np.bool_], payload: bytes
+        self,
+        partition: int,
+        part: _Part,
+        slots: NDArray[np.int32],
+        applied: NDArray[np.bool_],
+        payload: bytes,
+        histories: Mapping[bytes, bytes | None],
     ) -> None:
         """Writes the rows that learned something, with the part's offset."""
         learned = np.zeros(len(slots), np.bool_)
         learned[part.user[applied]] = True
         clock = b"" if part.ticks is None else pack_clock(part.ticks.state)
-        hot.write(slots[learned], part.offset, self.model.meta_version, clock, payload)
+        version = self._serves(partition).model.meta_version
+        self._hot[partition].write(slots[learned], part.offset, version, clock, payload, histories=histories)
 
     def _ticks(self, expiry: Expiry, hot: HotRows, records: Interactions, events: slice) -> Ticks:
         """The event clock at these events, none of which the store has applied."""
@@ -316,11 +438,27 @@ class Processor:
         return NOBODY if self._expiry is None or progress is None else idle_up_to(progress.clock)
 
 
-def _part(columns: EventColumns, part: slice, slot: NDArray[np.int32]) -> EventColumns:
+def _part(columns: EventColumns, part: slice | NDArray[np.int64], slot: NDArray[np.int32]) -> EventColumns:
     return EventColumns(
         slot, columns.item[part], columns.label[part], columns.grade[part], columns.event_time_ms[part],
         columns.offset[part], columns.item_row, columns.item_hash,
     )  # fmt: skip
+
+
+def _taken(columns: EventColumns, part: slice) -> EventColumns:
+    return _part(columns, part, columns.slot[part])
+
+
+def _no_predictions(n: int) -> Predictions:
+    return Predictions(np.empty(n, np.float32), np.empty(n, np.float32), np.zeros(n, np.bool_))
+
+
+def _put(into: Adapted, places: slice | NDArray[np.int64], found: Adapted) -> Adapted:
+    """``into`` with what was found of the events at ``places``."""
+    if isinstance(places, slice):
+        return found
+    into.logit[places], into.probability[places], into.applied[places] = found.logit, found.probability, found.applied
+    return into._replace(guarded=into.guarded + found.guarded)
 
 
 def _of_few_users(user: NDArray[np.int32]) -> int:

@@ -7,33 +7,40 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from configs.settings import Settings, StateSettings
-from learner.artifact import Artifact, library_versions, read_artifact, write_artifact
+from learner.artifact import Artifact, library_versions, read_artifact, read_histories, write_artifact
 from learner.baselines import run_baselines
 from learner.features import Catalogue
 from learner.interactions import Interactions
 from learner.meta_training import EpochReport, meta_train
 from learner.metrics import Metrics, evaluate, event_index
+from learner.offline_histories import OfflineHistories
 from learner.serving import ServingModel
 from learner.user_state import RowLayout
 from state.exceptions import StoreError
+from state.histories import HistoryLimits
 from state.reading.model_view import write_model_view
 from state.rocksdb import MEBIBYTE, StoreMemory
 from state.store import RocksUserStore
 from state.syncing import SyncPolicy
 from streams.data_notes import data_notes
+from streams.meta.embedded import EmbeddedMeta
+from streams.meta.result import MetaResult
 from streams.ordering import OrderedEvents
-from streams.processor import OpenStore, Processor, row_parts
+from streams.processor import OpenStore, Predictions, Processor, row_parts
 from streams.protocol import ProtocolError, Split, offline_events, online_batches, split_users
 from streams.provenance import describe_machine
 from streams.results import BacktestResult, Protocol, ScoredStream, Speed, StateSize
 from streams.sources import EventSource, load_catalogues, open_source, time_ordered
 
+FROZEN = "frozen"
+"""The baseline beside the online stage: the trained model, which the stream does not improve"""
 PARTITION = 0
 """A backtest streams everything through one partition."""
 
@@ -85,7 +92,8 @@ def train_offline(
     progress.stage(f"offline stage: {len(offline):,} events of {len(offline.user_ids):,} users")
     return meta_train(
         offline, data.users, data.items, settings.learner, settings.training,
-        checkpoints=checkpoints, progress=progress.epoch,
+        held_out=0.0 if settings.meta.moves == "off" else settings.meta.anchors.held_out, checkpoints=checkpoints,
+        progress=progress.epoch,
     ).with_metrics(cut_time_ms=data.split.cut_time_ms)  # fmt: skip
 
 
@@ -137,6 +145,17 @@ class _Recorder:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Streamed:
+    """What streaming gave."""
+
+    recorder: _Recorder
+    seconds: float
+    """Wall-clock"""
+    state: StateSize
+    meta: MetaResult | None
+
+
 class Backtest:
     """One run of the protocol under given settings: ``Backtest(settings).run()``.
 
@@ -166,22 +185,49 @@ class Backtest:
 
         Raises SourceError, ProtocolError, TrainingError, ArtifactError, StoreError: each says what to do.
         """
-        self._refuse_used_state()  # now, not after an hour of training
+        self._refuse_used_directories()  # now, not after an hour of training
         with prepared(self.settings, self.progress) as data:
-            artifact = self._artifact(data)
-            serving = artifact.serving(data.users, data.items)
+            artifact, offline = self._artifact(data)
             with temporary_directory(self.settings.state.directory, "state") as directory:
-                recorder = _Recorder()
-                with Processor(serving, rocks_stores(directory, self.settings.state), self.settings.state) as stream:
-                    self._write_view(serving, stream.layout)
-                    seconds = self._stream(data, stream, recorder)
-                    self._write_view(serving, stream.layout)  # again: with the items that the stream brought
-                    parts = row_parts(stream.layout)
-                state = StateSize(len(recorder.users), sum(parts.values()), parts)
-            recorder.refuse_one_class(data.split.is_scored(data.ordered))
-            baselines = self._baselines(data, recorder)
-            scored = recorder.scored(baselines, data.split.is_scored(data.ordered))
-            return self._result(data, artifact, scored, seconds, state, recorder)
+                streamed = self._streamed(data, artifact, offline, directory)
+            recorder, scored_users = streamed.recorder, data.split.is_scored(data.ordered)
+            recorder.refuse_one_class(scored_users)
+            baselines = self._frozen(data, artifact, recorder) | self._baselines(data, recorder)
+            return self._result(data, artifact, recorder.scored(baselines, scored_users), streamed)
+
+    def _streamed(
+        self, data: PreparedData, artifact: Artifact, offline: OfflineHistories | None, directory: Path
+    ) -> _Streamed:
+        """The stream, with the rows in ``directory``; with the online stage where there is what it replays."""
+        settings, serving, recorder = self.settings, artifact.serving(data.users, data.items), _Recorder()
+        limits = HistoryLimits(*settings.meta.histories.model_dump().values()) if offline is not None else None
+        stores = rocks_stores(directory, settings.state)
+        with Processor(serving, stores, settings.state, limits=limits, rebase=settings.meta.rebase) as stream:
+            self._write_view(serving, stream.layout)
+            if offline is None:
+                seconds, meta = self._stream(data, partial(stream.process, PARTITION), recorder), None
+            else:
+                with EmbeddedMeta(
+                    artifact, offline, serving, stream, settings, data.users, partition=PARTITION
+                ) as online:
+                    seconds = self._stream(data, online.process, recorder)
+                    serving, meta = online.current, online.result()
+            self._write_view(serving, stream.layout)  # again: with the items that the stream brought
+            parts = row_parts(stream.layout)
+        return _Streamed(recorder, seconds, StateSize(len(recorder.users), sum(parts.values()), parts), meta)
+
+    def _frozen(self, data: PreparedData, artifact: Artifact, recorder: _Recorder) -> dict[str, NDArray[np.float32]]:
+        """Beside the online stage, what the same model does without it."""
+        if self.settings.meta.moves == "off":
+            return {}
+        self.progress.stage("the same model, frozen")
+        state = self.settings.state
+        with (
+            temporary_directory(None, "frozen") as directory,
+            Processor(artifact.serving(data.users, data.items), rocks_stores(directory, state), state) as stream,
+        ):
+            said = [stream.process(PARTITION, batch).probability for batch in recorder.batches]
+        return {FROZEN: np.concatenate(said)}
 
     def _write_view(self, serving: ServingModel, layout: RowLayout) -> None:
         """Puts what a query needs of the model beside rows that are kept."""
@@ -189,14 +235,16 @@ class Backtest:
         if state.directory is not None:
             write_model_view(state.directory, serving, layout, state.expire_after_days)
 
-    def _artifact(self, data: PreparedData) -> Artifact:
+    def _artifact(self, data: PreparedData) -> tuple[Artifact, OfflineHistories | None]:
+        """The model, and what the online stage replays, if there is to be one."""
         if self.model is None:
             trained = train_offline(data, self.settings, self.progress)
             with temporary_directory(self.save_model, "model") as directory:
                 write_artifact(directory, trained)
                 artifact = read_artifact(directory)  # what is streamed is what was saved, to the bit
+                offline = self._replayed(directory)
         else:
-            artifact = read_artifact(self.model)
+            artifact, offline = read_artifact(self.model), self._replayed(self.model)
             learned_until = artifact.metrics.get("cut_time_ms")
             if learned_until is None or learned_until > data.split.cut_time_ms:
                 raise ProtocolError(
@@ -204,25 +252,27 @@ class Backtest:
                     f"this backtest's cut at {data.split.cut_time_ms} ms: its figures would be leaked from the "
                     "future; use the offline fraction it was trained with, or a larger one"
                 )
-        return artifact
+        return artifact, offline
 
-    def _refuse_used_state(self) -> None:
-        directory = self.settings.state.directory
-        if directory is None or not directory.exists():
-            return
-        if not directory.is_dir() or any(directory.iterdir()):
-            raise StoreError(
-                f"the state directory {directory} is not empty: a backtest starts with no users, and earlier ones "
-                "may be in there; give a new directory"
-            )
+    def _replayed(self, directory: Path) -> OfflineHistories | None:
+        return None if self.settings.meta.moves == "off" else read_histories(directory)
 
-    def _stream(self, data: PreparedData, stream: Processor, recorder: _Recorder) -> float:
+    def _refuse_used_directories(self) -> None:
+        state, meta = self.settings.state.directory, self.settings.meta.directory
+        for directory, what in ((state, "state directory"), (meta, "directory of versions")):
+            if directory is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+                raise StoreError(
+                    f"the {what} {directory} is not empty: a backtest starts with no users and one version, and "
+                    "earlier ones may be in there; give a new directory"
+                )
+
+    def _stream(self, data: PreparedData, process: Callable[[Interactions], Predictions], recorder: _Recorder) -> float:
         """Streams the online events to durable rows; returns the wall-clock seconds it took."""
         total = data.ordered.events
         self.progress.stage("streaming new users")
         start = time.perf_counter()
         for batch in online_batches(data.ordered, data.split):
-            predictions = stream.process(PARTITION, batch)
+            predictions = process(batch)
             recorder.add(batch, predictions.probability)
             self.progress.streamed(int(batch.offset[-1]) + 1, total)
         return time.perf_counter() - start
@@ -245,11 +295,10 @@ class Backtest:
         data: PreparedData,
         artifact: Artifact,
         scored: ScoredStream,
-        seconds: float,
-        state: StateSize,
-        recorder: _Recorder,
+        streamed: _Streamed,
     ) -> BacktestResult:
         self.progress.stage("scoring")
+        recorder = streamed.recorder
         events = sum(len(batch) for batch in recorder.batches)
         trained = artifact.metrics
         return BacktestResult(
@@ -259,8 +308,8 @@ class Backtest:
             ),
             metrics=self._metrics(scored, scored.probability),
             baselines={name: self._metrics(scored, p) for name, p in scored.baselines.items()},
-            speed=Speed(trained["train_s"], events / seconds),
-            state=state,
+            speed=Speed(trained["train_s"], events / streamed.seconds),
+            state=streamed.state,
             versions={**library_versions(), "artifact": artifact.fingerprint},
             settings=self.settings.model_copy(update={"learner": artifact.learner, "training": artifact.training}),
             scored=scored,
@@ -269,6 +318,7 @@ class Backtest:
             notes=(*data.notes, *self._model_note(artifact), *self._scoring_note(scored, events)),
             training_loss=tuple(trained["train_log_loss"]),
             machine=describe_machine(),
+            meta=streamed.meta,
         )  # fmt: skip
 
     def _model_note(self, artifact: Artifact) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from rich.text import Text
 
 from configs.settings import Settings
 from learner.metrics import Metrics
+from streams.meta.result import MetaResult
 
 PREDICTION_COLUMNS = ("user_id", "item_id", "event_time_ms", "offset", "label", "index", "probability")
 """Columns of the predictions file; one column per baseline follows, so no baseline may bear one of these names."""
@@ -132,6 +133,8 @@ class BacktestResult:
     """Facts about the data or the run that a reader must know"""
     training_loss: tuple[float, ...] = ()
     """Loss of every epoch of the offline stage"""
+    meta: MetaResult | None = None
+    """Of the online stage, where there was one"""
     machine: str = ""
     """The machine in words, as ``streams.provenance.describe_machine`` gives it"""
 
@@ -153,6 +156,7 @@ class BacktestResult:
             "versions": dict(self.versions),
             "rejects": dict(self.rejects),
             "notes": list(self.notes),
+            "meta": None if self.meta is None else self.meta.as_dict(),
         }
 
     def write_json(self, path: Path) -> None:

@@ -12,8 +12,9 @@ from state.lineage.record import Decision
 from state.reading.point import time_text
 from streams.commands.query_text import shown
 
-COHORTS, EVIDENCE, RISE = "cohorts", "evidence", "rise"
-"""Where metrics hold cohorts, where a verdict of ``learner.gate`` has them, and by how much the loss of one rose"""
+COHORTS, VERDICTS, EVIDENCE, RISE = "cohorts", "verdicts", "evidence", "rise"
+"""Where metrics and decisions hold cohorts, where decisions hold verdicts of ``learner.gate``, where those have
+cohorts, and by how much the loss of one rose"""
 _COHORT = "cohort"
 """Where a verdict names one"""
 _REASON_WIDTH = 70
@@ -112,6 +113,9 @@ def _decision(decision: Decision) -> Iterator[str]:
 
 
 def _cohorts(values: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for _, verdict in _named(values.get(VERDICTS)):
+        if isinstance(verdict, Mapping):
+            yield from _cohorts(verdict)
     for key in (COHORTS, EVIDENCE):
         for name, cohort in _named(values.get(key)):
             if isinstance(cohort, Mapping):

@@ -94,6 +94,7 @@ def test_the_json_has_exactly_the_agreed_keys_and_values(tmp_path: Path) -> None
         "versions": {"coldstream": "0.1.0", "artifact": "abc"},
         "rejects": {"missing label": 2},
         "notes": ["three rows are missing"],
+        "meta": None,
     }
 
 

@@ -1,0 +1,1 @@
+"""The online stage on the stream: what partitions contribute, how versions come about, and a backtest's own loop."""

@@ -29,6 +29,8 @@ from learner.serving import FixedPart, HashedItems, RawFeatures
 Parts = tuple[FixedPart, FirstFilter, SecondFilter | None]
 PARAMETERS, MOMENTS, COUNTS, FEATURES = "parameters.", "moments.", "counts.", "features."
 """What the names of a version's tensors begin with"""
+FIRST, SECOND = f"{MOMENTS}first.", f"{MOMENTS}second."
+"""The same of Adam's moments"""
 Values = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
 """A parameter, and its first and second moments"""
 
@@ -57,6 +59,22 @@ class Overwritten(NamedTuple):
     steps: int
 
 
+class _Room:
+    """Tensors with spare rows behind them: a vocabulary that grows by a few items a round is seldom copied."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def enlarged(self, name: str, old: Tensor, count: int, fill: float) -> Tensor:
+        """(n + count, …) the rows of ``old`` (n, …), and ``count`` filled ones; it may share memory with ``old``."""
+        rows, held = len(old) + count, self._held.get(name)
+        if held is None or held.data_ptr() != old.data_ptr() or len(held) < rows:
+            held = self._held[name] = old.new_empty((rows + rows // 4 + 1024, *old.shape[1:]))
+            held[: len(old)] = old
+        held[len(old) : rows] = fill
+        return held[:rows]
+
+
 class MetaModel:
     """The trainable parameters. Not for several threads at once while it is changed."""
 
@@ -79,6 +97,7 @@ class MetaModel:
         self.item_steps = np.zeros(len(item_events), np.int64)
         """(V,) steps that each item's rows have taken"""
         self.steps = 0
+        self._room = _Room()
         self._rows = {item: row for row, item in enumerate(self.item_ids)}
         self._hashes = HashedItems(fixed.item_ids)
         self.parameters = dict(self.recommender.named_parameters())
@@ -134,15 +153,18 @@ class MetaModel:
     def _enlarge(self, count: int) -> None:
         """``count`` more rows in everything that has one for each item."""
         for name in ITEM_TABLES:
-            if (old := self.parameters.get(name)) is None:
+            if name not in self.parameters:
                 continue
-            rows = torch.full((count, *old.shape[1:]), NEW_LOG_SIGMA.get(name, 0.0))
-            grown = nn.Parameter(torch.cat([old.detach(), rows]))
-            setattr(self.recommender, name, grown)
-            self.parameters[name] = grown
-            nothing = torch.zeros_like(rows)
-            first, second = self.moments[name]
-            self.moments[name] = torch.cat([first, nothing]), torch.cat([second, nothing])
+            parameter, first, second = (
+                self._room.enlarged(f"{what}{name}", old.detach(), count, fill)
+                for what, old, fill in zip(
+                    (PARAMETERS, FIRST, SECOND), (self.parameters[name], *self.moments[name]),
+                    (NEW_LOG_SIGMA.get(name, 0.0), 0.0, 0.0), strict=True,
+                )
+            )  # fmt: skip
+            self.parameters[name] = nn.Parameter(parameter)
+            setattr(self.recommender, name, self.parameters[name])
+            self.moments[name] = first, second
         self.item_events = np.append(self.item_events, np.zeros(count, np.int64))
         self.item_steps = np.append(self.item_steps, np.zeros(count, np.int64))
 

@@ -63,14 +63,29 @@ RawFeatures = tuple[str | None, ...]
 """One entity's raw texts, in the order of its encoder's fields"""
 
 
+_Sorted = tuple[NDArray[np.uint64], NDArray[np.int64]]
+"""(hashes, rising; the row of each)"""
+
+
 class HashedItems:
     """Rows by ``ring_item``: the vocabulary in one sorted array, and what was added since beside it."""
 
     def __init__(self, item_ids: Sequence[str]) -> None:
         self._vocabulary = item_ids
         self._added: dict[int, int] = {}
-        self._sorted: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
-        self._late: tuple[NDArray[np.uint64], NDArray[np.int64]] | None = None
+        self._sorted: _Sorted | None = None
+        self._late: _Sorted | None = None
+
+    def of_vocabulary(self, item_ids: Sequence[str]) -> HashedItems:
+        """Of another vocabulary, and nothing added; what it begins alike is not hashed again."""
+        known = len(self._vocabulary)
+        if item_ids[:known] != self._vocabulary:
+            return HashedItems(item_ids)
+        other = HashedItems(self._vocabulary)
+        other._sorted = self._sorted
+        for row in range(known, len(item_ids)):
+            other.add(item_ids[row], row)
+        return other
 
     def add(self, item: str, row: int) -> None:
         """Of two items with the same 40 bits the first stays."""
@@ -92,7 +107,7 @@ class HashedItems:
         return rows
 
 
-def _in_order(hashes: NDArray[np.uint64], rows: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+def _in_order(hashes: NDArray[np.uint64], rows: NDArray[np.int64]) -> _Sorted:
     order = np.argsort(hashes, kind="stable")
     return hashes[order], rows[order]
 
@@ -149,6 +164,7 @@ class ServingModel:
             fixed, first, second, users=self._users, items=self._items, meta_version=meta_version,
             fingerprint=self.fingerprint,
         )  # fmt: skip
+        new._hashes = self._hashes.of_vocabulary(fixed.item_ids)
         for item, raw in self._met.items():
             if item not in new._rows:
                 new._meet(item, raw)
@@ -340,10 +356,13 @@ def _add_weighted_rows(
 
 @numba.njit(cache=True)
 def _project(e: NDArray[np.float64], weights: Float, bias: Float, out: Float) -> None:
-    """out = e·weights + bias, summed in double precision in index order."""
+    """out = e·weights + bias, summed in double precision in index order: column by column, so that it vectorizes."""
+    total = np.empty(weights.shape[1], np.float64)
     for r in range(len(e)):
         for j in range(weights.shape[1]):
-            total = np.float64(bias[j])
-            for k in range(weights.shape[0]):
-                total += e[r, k] * weights[k, j]
-            out[r, j] = total
+            total[j] = bias[j]
+        for k in range(weights.shape[0]):
+            for j in range(weights.shape[1]):
+                total[j] += e[r, k] * weights[k, j]
+        for j in range(weights.shape[1]):
+            out[r, j] = total[j]

@@ -31,7 +31,7 @@ from state.store import RocksUserStore
 from state.syncing import SyncPolicy
 from streams.data_notes import data_notes
 from streams.meta.embedded import EmbeddedMeta
-from streams.meta.result import MetaResult
+from streams.meta.result import FROZEN, MetaResult
 from streams.ordering import OrderedEvents
 from streams.processor import OpenStore, Predictions, Processor, row_parts
 from streams.protocol import ProtocolError, Split, offline_events, online_batches, split_users
@@ -39,8 +39,6 @@ from streams.provenance import describe_machine
 from streams.results import BacktestResult, Protocol, ScoredStream, Speed, StateSize
 from streams.sources import EventSource, load_catalogues, open_source, time_ordered
 
-FROZEN = "frozen"
-"""The baseline beside the online stage: the trained model, which the stream does not improve"""
 PARTITION = 0
 """A backtest streams everything through one partition."""
 

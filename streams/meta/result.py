@@ -11,6 +11,10 @@ from learner.forgetting import MEASURES, ForgettingMatrix
 from state.lineage.history import Version
 
 
+FROZEN = "frozen"
+"""The baseline beside the online stage: the trained model, which the stream does not improve"""
+
+
 @dataclass(frozen=True, slots=True)
 class MetaResult:
     """What became of the online stage."""

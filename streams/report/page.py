@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from configs.settings import Settings
 from learner.metrics import SLICES, Metrics
+from streams.meta.result import FROZEN
 from streams.report import figures
 from streams.report.analysis import (
     MODEL,
@@ -26,11 +26,17 @@ from streams.report.analysis import (
     reliability,
     user_gain,
 )
-from streams.report.figures import Series, byte_size, series_of
+from streams.report.axes import Series, series_of
+from streams.report.figures import byte_size
+from streams.report.online_section import online_section
+from streams.report.text import Figure, decimal, signed
 from streams.results import BacktestResult, ScoredStream, best_baseline
 
 EXTREME_USERS = 3
 """Users listed at either end of the gain."""
+
+HIDDEN = "given, not shown"
+_WEBHOOK = "meta.alarms.webhook"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +52,6 @@ class Row:
     log_loss: str
     calibration_error: str
     by_index: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A drawing with its words."""
-
-    title: str
-    caption: str
-    drawing: Markup | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +94,12 @@ def headline(result: BacktestResult, lifts: Mapping[str, Lift]) -> str:
         interval = _interval(result.metrics)
         return f"Coldstream reaches an AUC of {auc}" + (f" (95% interval {interval})." if interval else ".")
     lift = lifts[best]
-    rank = "the best baseline" if len(result.baselines) > 1 else "the only baseline"
+    if best == FROZEN:
+        rank = "the best baseline: the same model, not improved by the stream"
+        if len(result.baselines) == 1:
+            rank = "the same model, not improved by the stream"
+    else:
+        rank = "the best baseline" if len(result.baselines) > 1 else "the only baseline"
     where = "above" if lift.points >= 0 else "below"
     sentence = (
         f"Coldstream reaches an AUC of {auc}, {abs(lift.points):.2f} points {where} {best} "
@@ -111,20 +113,12 @@ def headline(result: BacktestResult, lifts: Mapping[str, Lift]) -> str:
 
 
 def settings_list(settings: Settings) -> tuple[Setting, ...]:
-    """Every setting by its dotted name, beside its default."""
+    """Every setting by its dotted name, beside its default. A webhook's address is a secret, and hidden."""
     values, defaults = _flat(settings.model_dump(mode="json")), _flat(Settings().model_dump(mode="json"))
+    if settings.meta.alarms.webhook is not None:
+        values[_WEBHOOK] = HIDDEN
     names = dict.fromkeys((*values, *defaults))
     return tuple(Setting(name, values.get(name, "–"), defaults.get(name, "–")) for name in names)
-
-
-def decimal(value: float | None, digits: int) -> str:
-    """Fixed digits, or a dash where there is no value."""
-    return "–" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
-
-
-def signed(value: float) -> str:
-    """Two digits with a sign, a true minus for the page."""
-    return f"{value:+.2f}".replace("-", "−") if math.isfinite(value) else "–"
 
 
 def _context(result: BacktestResult) -> dict[str, Any]:
@@ -141,13 +135,14 @@ def _context(result: BacktestResult) -> dict[str, Any]:
         "rows": _rows(result, styles, lifts),
         "slices": _slices(scored),
         "figures": _figures(result, styles, gain),
+        "online": None if result.meta is None else online_section(result, result.meta, styles, lifts),
         "gaining": _extremes(scored, gain, 1),
         "losing": _extremes(scored, gain, -1),
         "reference": _reference(result),
         "state": result.state,
         "settings": settings,
         "changed": [setting for setting in settings if setting.changed],
-        "command": shlex.join(result.command),
+        "command": shlex.join(_without_secrets(result)),
         "versions": result.versions,
         "machine": result.machine,
         "paths": [str(path) for path in result.settings.data.paths],
@@ -155,6 +150,11 @@ def _context(result: BacktestResult) -> dict[str, Any]:
         "notes": result.notes,
         "samples": result.settings.protocol.bootstrap_samples,
     }
+
+
+def _without_secrets(result: BacktestResult) -> list[str]:
+    webhook = result.settings.meta.alarms.webhook
+    return [arg.replace(webhook, f"({HIDDEN})") if webhook else arg for arg in result.command]
 
 
 def _tiles(result: BacktestResult) -> list[tuple[str, str]]:

@@ -11,19 +11,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.settings import DataSettings, LearnerSettings, ProtocolSettings, Settings
+from configs.settings import AlarmSettings, DataSettings, LearnerSettings, MetaSettings, ProtocolSettings, Settings
+from learner.drift import DriftAlarm
+from learner.forgetting import Column, ForgettingMatrix
 from learner.metrics import Metrics, auc, evaluate, event_index
+from state.lineage.history import Version
+from state.lineage.record import Decision, Kind, Record, Span
+from streams.meta.result import FROZEN, MetaResult
 from streams.report import render, write_report
 from streams.report.analysis import Lift, learning_curve, paired_lifts, reliability, user_gain, wilson_interval
-from streams.report.figures import byte_size, series_of, short_number, shortened, spread
+from streams.report.axes import series_of, short_number, shortened, spread
+from streams.report.figures import byte_size
+from streams.report.online_section import account, worth_of_it
 from streams.report.page import headline, settings_list
 from streams.results import BacktestResult, Protocol, ScoredStream, Speed, StateSize
 
 HOSTILE = "<script>alert(1)</script>"
 HOSTILE_MATHS = "$\\broken{ & <b>"
+TOKEN = "token-of-the-webhook"
+INITIAL = Decision("initial", "the trained model")
 FIGURES = {
     "by-index", "learning-windows", "learning-cumulative", "training", "reliability", "classes", "users",
     "row-parts", "state-growth",
+}  # fmt: skip
+ONLINE_FIGURES = {
+    "stage-auc-events", "stage-log_loss-events", "stage-auc-users", "stage-log_loss-users", "forgetting",
+    "forgetting-zero-shot",
 }  # fmt: skip
 HEADINGS = ["Results", "Learning", "Calibration", "Users", "State", "Settings", "Reproduce"]
 BROWSER_FLAGS = (
@@ -108,6 +121,41 @@ def synthetic(
     )
 
 
+def with_online_stage(result: BacktestResult, rounds: int = 12) -> BacktestResult:
+    """The same as if the stream had improved the model: one version in four is rejected."""
+    rng = np.random.default_rng(5)
+    every, versions = len(result.scored) // (rounds + 1), [Version(Record(0, None, "m", 0, INITIAL), (INITIAL,))]
+    for n in range(1, rounds + 1):
+        kinds: tuple[Kind, ...] = ("candidate", "shadow", "rejected" if n % 4 == 0 else "promoted")
+        told = [{"cohort": f"slice 0 / {HOSTILE}", "finding": "passes", "users": 20, "rise": 0.001 * n}]
+        evidence = {"verdicts": [{"stage": "anchors", "evidence": told}]}
+        made = tuple(Decision(kind, f"{kind}: {HOSTILE}", evidence) for kind in kinds)
+        spans = (Span(0, every * (n - 1), every * n - 1),)
+        versions.append(Version(Record(n, n - 1, "m", n, made[0], spans, metrics={"events": every * n}), made))
+    columns = tuple(Column(f"slice {s} / {k}", s, k) for s in (0, 1) for k in ("new", f"segment={HOSTILE}"))
+    values = rng.normal(0.6, 0.02, (rounds + 1, 4, 2, 2))
+    values[:4, 2:] = np.nan
+    matrix = ForgettingMatrix(tuple(range(rounds + 1)), columns, values, values[4])
+    alarms = (DriftAlarm("warm", "page_hinkley", every * 2 + 7, 0.52, 0.58),)
+    scored = result.scored
+    frozen = np.clip(0.8 * scored.probability + 0.1, 0, 1).astype(np.float32)
+    score = evaluate(scored.label, frozen, scored.user, scored.index, bootstrap_samples=0)
+    moved, refused = {"history": 7, "ring": 0}, {"late": 2}
+    settings = result.settings.model_copy(
+        update={
+            "meta": MetaSettings(
+                moves="everything", every_events=every, alarms=AlarmSettings(webhook=f"https://alarms.example/{TOKEN}")
+            )
+        }
+    )
+    return dataclasses.replace(
+        result, settings=settings, baselines={**result.baselines, FROZEN: score},
+        scored=dataclasses.replace(scored, baselines={**scored.baselines, FROZEN: frozen}),
+        meta=MetaResult(tuple(versions), matrix, alarms, 1.25, rounds, moved, refused, ("Mind.",)),
+        command=(*result.command, "-s", f"meta.alarms.webhook=https://alarms.example/{TOKEN}"),
+    )  # fmt: skip
+
+
 def opened(browser: Path, page: Path, profile: Path) -> tuple[str, list[str]]:
     """The page's DOM once loaded, and what the browser's console said."""
     run = subprocess.run(
@@ -117,9 +165,18 @@ def opened(browser: Path, page: Path, profile: Path) -> tuple[str, list[str]]:
     return run.stdout, [line for line in run.stderr.splitlines() if "CONSOLE" in line]
 
 
-@pytest.fixture(scope="module")
-def result() -> BacktestResult:
-    return synthetic(baselines=("item mean", "pooled", HOSTILE, HOSTILE_MATHS))
+@pytest.fixture(scope="module", params=["offline stage alone", "online stage"])
+def result(request: pytest.FixtureRequest) -> BacktestResult:
+    plain = synthetic(baselines=("item mean", "pooled", HOSTILE, HOSTILE_MATHS))
+    return with_online_stage(plain) if request.param == "online stage" else plain
+
+
+def figures_of(result: BacktestResult) -> set[str]:
+    return FIGURES if result.meta is None else FIGURES | ONLINE_FIGURES
+
+
+def headings_of(result: BacktestResult) -> list[str]:
+    return HEADINGS if result.meta is None else [*HEADINGS[:2], "Online stage", *HEADINGS[2:]]
 
 
 def test_the_browser_opens_the_report_without_a_word_and_shows_every_part(
@@ -129,8 +186,8 @@ def test_the_browser_opens_the_report_without_a_word_and_shows_every_part(
     html, console = opened(chromium, tmp_path / "report.html", tmp_path / "profile")
     page = Page(html)
     assert console == []
-    assert page.texts["h2"] == HEADINGS
-    assert set(page.attributes("data-figure")) == FIGURES
+    assert page.texts["h2"] == headings_of(result)
+    assert set(page.attributes("data-figure")) == figures_of(result)
     assert "script" not in page.texts
     assert any(HOSTILE in text for text in page.texts["code"])
 
@@ -164,12 +221,17 @@ def test_ids_are_unique_and_every_reference_meets_one(result: BacktestResult) ->
 def test_every_figure_has_a_text_alternative_and_every_table_headers(result: BacktestResult) -> None:
     page = Page(render(result))
     drawn = [attrs for tag, attrs in page.tags if tag == "svg"]
-    assert [attrs["role"] for attrs in drawn] == ["img"] * len(FIGURES)
-    titles = [text for text in page.texts["title"] if "Coldstream" not in text]
-    assert len(titles) == len(FIGURES)
-    assert all(titles)
+    assert [attrs["role"] for attrs in drawn] == ["img"] * len(figures_of(result))
+    named = {attrs["id"]: text for attrs, text in titles_of(page) if "id" in attrs}
+    assert set(named) == {f"{name}-title" for name in figures_of(result)}
+    assert all(named.values())
     assert len(page.texts["caption"]) == len(page.texts["table"])
     assert all(attrs.get("scope") in ("col", "row") for tag, attrs in page.tags if tag == "th")
+
+
+def titles_of(page: Page) -> list[tuple[dict[str, str | None], str]]:
+    attributes = [attrs for tag, attrs in page.tags if tag == "title"]
+    return list(zip(attributes, page.texts["title"], strict=True))
 
 
 def test_no_stand_in_colour_is_left(result: BacktestResult) -> None:
@@ -189,6 +251,58 @@ def test_a_report_without_baselines_and_with_few_events_is_whole(chromium: Path,
     assert console == []
     assert Page(html).texts["h2"] == HEADINGS
     assert set(Page(html).attributes("data-figure")) == FIGURES - {"training", "row-parts"}
+
+
+def test_every_decision_is_listed_and_the_rejected_are_marked() -> None:
+    page = Page(render(with_online_stage(synthetic(), rounds=12)))
+    rows = [attrs for tag, attrs in page.tags if tag == "th" and attrs.get("data-name") == "version"]
+    assert len(rows) == 13
+    assert sum(attrs.get("class") == "rejected" for tag, attrs in page.tags if tag == "tr") == 3
+
+
+def test_the_account_of_the_online_stage_gives_its_numbers() -> None:
+    result = with_online_stage(synthetic(), rounds=12)
+    assert result.meta is not None
+    assert account(result, result.meta) == (
+        "A round of meta-updates every 307 events moved all shared parameters: 12 rounds made 12 versions.",
+        "9 promoted, 3 rejected, 0 still to be decided on when the stream ended; 1 drift alarm.",
+        "Meta-updates took 1.2 s in all.",
+        "7 times a user's row came onto another version: 7 re-derived from the user's whole history.",
+        "2 gradients could not be used: 2 late.",
+    )
+
+
+def test_what_the_online_stage_is_worth_is_said_against_the_same_model_frozen() -> None:
+    result = with_aucs(0.8196, {FROZEN: 0.799})
+    assert worth_of_it(result, Lift(2.06, 1.9, 2.2)) == (
+        "AUC 0.8196 with the online stage, 0.7990 with the same model frozen: +2.06 points (95% interval +1.90 to "
+        "+2.20). Log-loss 0.5000 against 0.5000."
+    )
+
+
+def test_the_headline_says_what_frozen_means() -> None:
+    assert headline(with_aucs(0.8196, {FROZEN: 0.799}), {FROZEN: Lift(2.06, math.nan, math.nan)}) == (
+        "Coldstream reaches an AUC of 0.8196, 2.06 points above frozen (0.7990), the same model, not improved by the "
+        "stream."
+    )
+
+
+def test_an_online_stage_without_a_round_is_told_without_figures_of_forgetting(chromium: Path, tmp_path: Path) -> None:
+    bare = MetaResult((Version(Record(0, None, "m", 0, INITIAL), (INITIAL,)),), ForgettingMatrix(), (), 0.0, 0)
+    write_report(tmp_path / "report.html", dataclasses.replace(synthetic(events=12, users=3, baselines=()), meta=bare))
+    html, console = opened(chromium, tmp_path / "report.html", tmp_path / "profile")
+    page = Page(html)
+    assert console == []
+    assert set(page.attributes("data-figure")) & ONLINE_FIGURES == ONLINE_FIGURES - {
+        "forgetting", "forgetting-zero-shot",
+    }  # fmt: skip
+
+
+def test_the_address_of_a_webhook_is_on_no_page() -> None:
+    html = render(with_online_stage(synthetic()))
+    assert TOKEN not in html
+    assert "meta.alarms.webhook=(given, not shown)" in html
+    assert '<th scope="row">meta.alarms.webhook</th><td>given, not shown</td>' in html
 
 
 def test_the_headline_gives_the_lift_over_the_best_baseline_and_its_interval() -> None:

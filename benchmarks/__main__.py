@@ -3,7 +3,7 @@
     python -m benchmarks [--data DIRECTORY] [--only kernel,stream_run] [--scale 0.1]
 
 ``DIRECTORY`` holds ``ml-1m`` and ``ml-100k`` as GroupLens publishes them; what needs them is skipped without it. At
-``--scale 1`` and with the data it takes some twenty minutes; each benchmark also runs alone: ``python -m
+``--scale 1`` and with the data it takes some forty minutes; each benchmark also runs alone: ``python -m
 benchmarks.kernel``.
 """
 
@@ -15,7 +15,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import decoding, kernel, live, quality, query, restore, rows, sources, stream_run, training, wire
+from benchmarks import (
+    decoding,
+    kernel,
+    live,
+    online_meta,
+    quality,
+    query,
+    restore,
+    rows,
+    sources,
+    stream_run,
+    training,
+    wire,
+)
 from benchmarks.command import Benchmark, Options, Skipped, options_of, parser, say
 from benchmarks.report import Figure, as_dict, table, write_json
 from streams.provenance import describe_machine
@@ -32,6 +45,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "live": live.run,
     "training": training.run,
     "quality": quality.run,
+    "online_meta": online_meta.run,
 }
 OUTPUT = Path("build/benchmarks.json")
 

@@ -41,7 +41,7 @@ from state.history_codec import (
     encode_chunks,
 )
 from state.history_cursor import Entry, HistoryCursor
-from state.keys import HISTORY, NOTHING, after_stem, first_stem, history_stem
+from state.keys import HISTORY, NOTHING, after_stem, chunk_key, first_stem, history_stem
 from state.store import UserStore
 
 if TYPE_CHECKING:  # an erasure needs no compiled code
@@ -193,7 +193,7 @@ class HistoryBook:
         keys = [
             key
             for stem, chunks in zip(stems, numbers, strict=True)
-            for key in (stem, *(_chunk_key(stem, k) for k in chunks))
+            for key in (stem, *(chunk_key(stem, k) for k in chunks))
         ]
         values = iter(self._store.histories(keys))
         parts: dict[int, _Stored] = {}
@@ -323,7 +323,7 @@ class HistoryBook:
         put, book = self._taken_out(pending, learned, stems, oldest)
         numbers = np.arange(len(chunks)) - np.searchsorted(chunk_user, chunk_user) + first[chunk_user]
         whose, which = chunk_user.tolist(), numbers.tolist()
-        put.update({_chunk_key(stems[u], k): chunk for u, k, chunk in zip(whose, which, chunks, strict=True)})
+        put.update({chunk_key(stems[u], k): chunk for u, k, chunk in zip(whose, which, chunks, strict=True)})
         heads = self._heads(pending, learned, stems)
         put.update(heads)
         # A user's unfinished chunk was counted before, where there was a history.
@@ -346,7 +346,7 @@ class HistoryBook:
         was = _oldest(pending.book, pending.count)
         out_of_reach = np.flatnonzero(learned & ~pending.headless & (oldest > was))
         keys = [
-            _chunk_key(stems[u], k)
+            chunk_key(stems[u], k)
             for u in out_of_reach.tolist()
             for k in range(int(was[u]), min(int(oldest[u]), int(pending.count[u]) // CHUNK_EVENTS + 1))
         ]
@@ -464,10 +464,6 @@ def _oldest(book: Book, events: NDArray[np.int64]) -> NDArray[np.int64]:
     """(n,) the first chunk that is kept of a user with so many events."""
     oldest: NDArray[np.int64] = np.maximum(events - book.events_per_user, 0) // CHUNK_EVENTS
     return oldest
-
-
-def _chunk_key(stem: bytes, number: int) -> bytes:
-    return stem + number.to_bytes(4, "big")
 
 
 def _number(key: bytes) -> int:

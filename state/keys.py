@@ -72,6 +72,11 @@ def history_stem(user: bytes) -> bytes:
     return HISTORY + zlib.crc32(user).to_bytes(4, "big") + blake2b(user, digest_size=8).digest()
 
 
+def chunk_key(stem: bytes, number: int) -> bytes:
+    """Where a chunk of a user's history lies."""
+    return stem + number.to_bytes(4, "big")
+
+
 def after_stem(stem: bytes) -> bytes:
     """What is after all keys of a user's history, and before all other ones that follow."""
     return stem + b"\xff\xff\xff\xff\xff"

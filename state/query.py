@@ -20,6 +20,7 @@ from state.exceptions import QueryError, SnapshotError, StoreMismatch, StoreUnfi
 from state.expiry import idle_up_to
 from state.reading.explain import explain, in_prior_sd
 from state.reading.model_view import FILE, ModelView
+from state.reading.moving import Moved, moved
 from state.reading.point import NOW, Point
 from state.reading.reports import (
     DiffReport,
@@ -151,12 +152,14 @@ class StateReader:
         earlier = _snapshots(snapshots) if snapshots is not None else []
         for number in self._directories:
             store = self._store(number)
-            live = _stored("the live row", store, user)
-            past = [stored for directory in earlier for stored in _in_snapshot(directory, number, store.layout, user)]
-            looked_up = (number, live, past, store)
+            live, how = self._stored("the live row", store, user)
+            past = [
+                stored for directory in earlier for stored in self._in_snapshot(directory, number, store.layout, user)
+            ]
+            looked_up = (number, live, how, past, store)
             if live.row is not None or any(stored.row is not None for stored in past):
                 break
-        number, live, past, store = looked_up
+        number, live, how, past, store = looked_up
         timeline = Timeline(self.view, store.layout, user_id, live, past)
         progress = store.progress()
         return Found(
@@ -165,7 +168,31 @@ class StateReader:
             timeline,
             idle_up_to(b"" if progress is None else progress.clock),
             progress.offset if progress is not None and (timeline.known or len(self._directories) == 1) else None,
+            how,
         )
+
+    def _in_snapshot(self, snapshot: Path, number: int, layout: RowLayout, user: bytes) -> list[Stored]:
+        directory = snapshot / f"partition-{number}"
+        if not (directory / "CURRENT").is_file():
+            return []
+        with RocksReader(directory) as store:
+            if store.layout != layout:
+                raise SnapshotError(
+                    f"{directory} holds rows of {store.layout.fingerprint}, the state {layout.fingerprint}: it is of "
+                    "another run; give the snapshots of this one"
+                )
+            return [self._stored(f"snapshot {snapshot.name}", store, user)[0]]
+
+    def _stored(self, name: str, store: RocksReader, user: bytes) -> tuple[Stored, str]:
+        """(what the store says of the user, how its row came onto the version of the model)."""
+        rows, found = store.get_many([user])
+        progress = store.progress()
+        offset = -1 if progress is None else progress.offset
+        if not found[0]:
+            return Stored(name, None, offset), ""
+        row = store.layout.rows(rows)[0]
+        on_view = Moved(row, "") if self.view is None else moved(self.view, store, user, row)
+        return Stored(name, on_view.row, offset), on_view.how
 
     def _store(self, number: int) -> RocksReader:
         if number not in self._stores:
@@ -238,23 +265,3 @@ def _snapshots(directory: Path) -> list[Path]:
     if not found:
         raise SnapshotError(f"{directory} holds no snapshot: name a directory of snapshots, or one snapshot")
     return found
-
-
-def _in_snapshot(snapshot: Path, number: int, layout: RowLayout, user: bytes) -> list[Stored]:
-    directory = snapshot / f"partition-{number}"
-    if not (directory / "CURRENT").is_file():
-        return []
-    with RocksReader(directory) as store:
-        if store.layout != layout:
-            raise SnapshotError(
-                f"{directory} holds rows of {store.layout.fingerprint}, the state {layout.fingerprint}: it is of "
-                "another run; give the snapshots of this one"
-            )
-        return [_stored(f"snapshot {snapshot.name}", store, user)]
-
-
-def _stored(name: str, store: RocksReader, user: bytes) -> Stored:
-    rows, found = store.get_many([user])
-    progress = store.progress()
-    row = store.layout.rows(rows)[0] if found[0] else None
-    return Stored(name, row, -1 if progress is None else progress.offset)

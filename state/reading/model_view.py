@@ -8,6 +8,7 @@ The run that owns the directory writes it. Symbols: I items, U users, K distinct
     psi base second_psi            (I + 1, …) rows of ``ItemTable``, in the order of hashes; the last: unknown items
     start_hash (U,) start_row (U,) users whose start is not φ_0, by the hash of their id, and their row of
     start_mean (K, d)              the distinct starts
+    user_weights (Fu, d)           W, for a user whose encoded features are at hand (not in views of older programs)
     first.* second.*               constants of the filters; ``kappa``, ``tau`` and such as f64
     grades (G,)                    the graded values
 
@@ -56,6 +57,7 @@ def write_model_view(directory: Path, model: ServingModel, layout: RowLayout, ex
         tensors |= _constants("second", model.second)
     tensors |= _item_tensors(*model.named_items())
     tensors |= _start_tensors(*model.named_starts(), model.first.initialization)
+    tensors["user_weights"] = model.fixed.user_feature_weights
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -125,6 +127,15 @@ class ModelView:
             row = int(self._tensors.part("start_row", place, place + 1)[0])
             return self.retrace.start(self._tensors.part("start_mean", row, row + 1)[0])
         return self.retrace.start(self.first.initialization)
+
+    def start_of(self, user_id: str, columns: NDArray[np.int64], weights: Float) -> AdaptivePart:
+        """Where a user with these encoded features starts: as ``ServingModel.means_of`` has it, to the bit."""
+        if not self._tensors.has("user_weights"):
+            return self.start(user_id)
+        mean, table = self.first.initialization.copy(), self._tensors.whole("user_weights")
+        for column, weight in zip(columns.tolist(), weights, strict=True):
+            mean += weight * table[column]
+        return self.retrace.start(mean)
 
     def grade_value(self, grade: int) -> float | None:
         """The graded value of a ring entry's grade; None where it has none."""

@@ -27,6 +27,8 @@ class Found(NamedTuple):
     """By the partition's clock: a latest event at this offset or before is too long ago"""
     offset: int | None
     """How far the partition has come; None where it is not known which one"""
+    moved: str
+    """How the row came onto the version of the model; empty where it stood there"""
 
 
 class PointReport(NamedTuple):
@@ -92,6 +94,8 @@ class UserReport(NamedTuple):
     model: ModelReport | None
     stream_offset: int | None
     """How far the partition has come"""
+    moved: str = ""
+    """How the row came onto the version that answers, in words; empty where it stood there"""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -186,6 +190,7 @@ def user_report(
         top=best,
         model=None if view is None else _model_report(view),
         stream_offset=found.offset,
+        moved=found.moved,
     )
 
 

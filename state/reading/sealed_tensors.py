@@ -74,6 +74,10 @@ class SealedTensors:
         self._checks = self._read_checks()
         self._verified = bytearray(len(self._checks))
 
+    def has(self, name: str) -> bool:
+        """Whether the file holds it."""
+        return name in self._places
+
     def whole(self, name: str) -> Array:
         """A tensor, read-only."""
         self._verify(*self._places[name][2:])

@@ -71,6 +71,7 @@ def _head(report: UserReport) -> list[str]:
         f"{report.guarded:,} updates refused" if report.guarded else "",
     ]
     lines += [", ".join(fact for fact in facts if fact)] if any(facts) else []
+    lines += [report.moved] if report.moved else []
     if report.at.asked != "now":
         lines.append(f"at {report.at.asked}: {_source(report.at)}")
     if report.expired:

@@ -36,7 +36,6 @@ STAGES: Mapping[tuple[type, str], str] = {
     (HistoryBook, "before"): "histories, before the walk",
     (HistoryBook, "after"): "histories, after it",
     (Contributor, "observe"): "what the span has seen",
-    (Contributor, "index_of"): "numbers of the events in their users",
     (DriftWatch, "add"): "drift detectors",
     (Mover, "move"): "rows onto a new version",
     (RocksUserStore, "write_batch"): "write rows and histories",

@@ -199,7 +199,8 @@ class MetaModel:
         self._check(part)
         saved: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         before = self.item_events.copy(), self.item_steps.copy(), self.steps
-        at = torch.from_numpy(part.rows)
+        rows = part.rows.copy()
+        at = torch.from_numpy(rows)
         with scan_threads(1), torch.no_grad():
             for name, values in part.tensors.items():
                 targets = (self.parameters[name], *self.moments[name])
@@ -214,7 +215,7 @@ class MetaModel:
                         target.copy_(new)
         self.item_events[part.rows], self.item_steps[part.rows] = part.item_events, part.item_steps
         self.steps = part.steps
-        return Overwritten(saved, part.rows.copy(), *before)
+        return Overwritten(saved, rows, *before)
 
     def _check(self, part: Excerpt) -> None:
         count = len(part.rows)

@@ -16,6 +16,7 @@ from learner.adaptation import Adaptation, Adapted, EventColumns
 from learner.event_clock import NOBODY, Ticks, advance, new_clock
 from learner.features import SparseRows
 from learner.interactions import Interactions
+from learner.metrics import event_index
 from learner.serving import ServingModel
 from learner.user_state import HEADER_BYTES, ItemHashes, RowLayout, Slab, new_rows
 from state.erasure import Tell, erase_user
@@ -42,6 +43,10 @@ COMMIT_USERS = 8_192
 """Users of one commit: writing their rows holds the interpreter's lock for some 20 ms, and others wait for it"""
 
 
+UNNUMBERED = -1
+"""Where ``Predictions.number`` is not known"""
+
+
 class Predictions(NamedTuple):
     """What was said of N records, in their order, each before its label was used."""
 
@@ -51,6 +56,8 @@ class Predictions(NamedTuple):
     """(N,) of label 1"""
     applied: NDArray[np.bool_]
     """(N,) False where the store had the event already"""
+    number: NDArray[np.int64]
+    """(N,) how many of its user's events came before it; −1 where not applied, without histories and by ``predict``"""
 
 
 @dataclass(slots=True)
@@ -215,7 +222,7 @@ class Processor:
         hot, n = self._rows(partition), len(records)
         if through is not None and n and through < records.offset[-1]:
             raise ValueError(f"the records end at offset {records.offset[-1]}, after the {through} they are to go to")
-        result = Predictions(np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.bool_))
+        result = _no_predictions(n)
         serving = self._serves(partition)
         columns = {model: self._columns(model, records, settle=True) for model in serving.models()}
         done = self._skipped(hot, records, result)
@@ -223,12 +230,13 @@ class Processor:
             self.sweep(partition)
             part = self._next_part(hot, records, done, through)
             try:
-                adapted = self._learn(partition, records, columns, part, payload)
+                adapted, index = self._learn(partition, records, columns, part, payload)
             except BaseException:
                 hot.forget()  # rows in memory may have learned what the store has not
                 raise
             result.logit[part.events], result.probability[part.events] = adapted.logit, adapted.probability
             result.applied[part.events] = adapted.applied
+            result.number[part.events] = index
             done = part.events.stop
         if through is not None:
             self._advance(partition, through)
@@ -241,13 +249,13 @@ class Processor:
         users = [records.user_ids[code].encode() for code in codes.tolist()]
         rows, found = hot.store.get_many(users)
         found &= self.layout.rows(rows)["last_offset"] > self._idle_now(hot)
-        said = Adapted(*_no_predictions(len(records)), 0)
+        said = _nothing_adapted(len(records))
         for model, places in serving.groups(users):
             self._ready(partition, model, rows, places, users, records, codes, ~found)
             chosen = np.flatnonzero(np.isin(user, places))
             events = _part(self._columns(model, records, settle=False), chosen, user[chosen].astype(np.int32))
             said = _put(said, chosen, self._adaptations[model].predict(rows, events, model.items))
-        return Predictions(said.logit, said.probability, said.applied)
+        return Predictions(said.logit, said.probability, said.applied, np.full(len(records), UNNUMBERED))
 
     def sweep(self, partition: int, rows: int = SWEEP_ROWS) -> int:
         """Goes on with the sweep over the partition's next ``rows`` rows; returns how many idle users it took out.
@@ -327,35 +335,38 @@ class Processor:
         columns: Mapping[ServingModel, EventColumns],
         part: _Part,
         payload: Payload | None,
-    ) -> Adapted:
-        """One commit: reads the users' rows, walks the events, writes the rows that learned something."""
-        hot, memory, book = self._hot[partition], self._memory, self._books.get(partition)
-        users = [records.user_ids[code].encode() for code in part.codes.tolist()]
-        slots, unknown = hot.acquire(users)
+    ) -> tuple[Adapted, NDArray[np.int64]]:
+        """One commit: reads the users' rows, walks the events, writes the rows that learned something.
+
+        Returns what was said, and ``Predictions.number``.
+        """
+        book, users = self._books.get(partition), [records.user_ids[code].encode() for code in part.codes.tolist()]
+        slots, unknown = self._hot[partition].acquire(users)
         starting, expired = np.zeros(len(slots), np.bool_), 0
         starting[unknown] = True
         if part.ticks is not None:
-            idle = (memory.rows["last_offset"][slots] <= part.ticks.idle[part.first]) & ~starting
+            idle = (self._memory.rows["last_offset"][slots] <= part.ticks.idle[part.first]) & ~starting
             starting |= idle
             expired = int(idle.sum())
-        adapted = Adapted(*_no_predictions(len(part.user)), 0)
         groups, ways = list(self._serves(partition).groups(users)), Counter[Rebase]()
         for model, places in groups:
-            ways += self._ready(partition, model, memory.slab, places, users, records, part.codes, starting, slots)
-        pending = None
-        if book is not None:
+            ways += self._ready(
+                partition, model, self._memory.slab, places, users, records, part.codes, starting, slots
+            )
+        histories, index = dict[bytes, bytes | None](), np.full(len(part.user), UNNUMBERED)
+        if book is None:
+            adapted = self._walked(groups, columns, part, slots)
+        else:
+            before = self._memory.rows["events"][slots].astype(np.int64)
             pending = book.before(
-                users, memory.rows, slots, starting, memory.stored_events[slots],
+                users, self._memory.rows, slots, starting, self._memory.stored_events[slots],
                 lambda places: self._features(records, part.codes[places]),
             )  # fmt: skip
-        for model, places in groups:
-            chosen = slice(None) if len(groups) == 1 else np.flatnonzero(np.isin(part.user, places))
-            events = _part(_taken(columns[model], part.events), chosen, slots[part.user[chosen]])
-            adapted = _put(adapted, chosen, self._adaptations[model].learn(memory.slab, events, model.items))
-        histories: dict[bytes, bytes | None] = {}
-        if book is not None and pending is not None:
+            adapted = self._walked(groups, columns, part, slots)
             of_commit = _taken(next(iter(columns.values())), part.events)
             histories = book.after(pending, part.user, of_commit, adapted.applied)
+            applied = np.flatnonzero(adapted.applied)
+            index[applied] = before[part.user[applied]] + event_index(part.user[applied])
         told = b"" if payload is None else payload(records.take(part.events), adapted)
         self._write(partition, part, slots, adapted.applied, told, histories)
         self.counts.events += len(part.user)
@@ -366,6 +377,21 @@ class Processor:
         self.counts.users_moved += ways.total()
         for way, rows in ways.items():
             self._moved[way] += rows
+        return adapted, index
+
+    def _walked(
+        self,
+        groups: Sequence[tuple[ServingModel, NDArray[np.int64]]],
+        columns: Mapping[ServingModel, EventColumns],
+        part: _Part,
+        slots: NDArray[np.int32],
+    ) -> Adapted:
+        """The part's events, each by the version that serves its user; the rows at ``slots`` learn."""
+        adapted = _nothing_adapted(len(part.user))
+        for model, places in groups:
+            chosen = slice(None) if len(groups) == 1 else np.flatnonzero(np.isin(part.user, places))
+            events = _part(_taken(columns[model], part.events), chosen, slots[part.user[chosen]])
+            adapted = _put(adapted, chosen, self._adaptations[model].learn(self._memory.slab, events, model.items))
         return adapted
 
     def _ready(
@@ -450,7 +476,11 @@ def _taken(columns: EventColumns, part: slice) -> EventColumns:
 
 
 def _no_predictions(n: int) -> Predictions:
-    return Predictions(np.empty(n, np.float32), np.empty(n, np.float32), np.zeros(n, np.bool_))
+    return Predictions(*_nothing_adapted(n)[:3], np.full(n, UNNUMBERED))
+
+
+def _nothing_adapted(n: int) -> Adapted:
+    return Adapted(np.empty(n, np.float32), np.empty(n, np.float32), np.zeros(n, np.bool_), 0)
 
 
 def _put(into: Adapted, places: slice | NDArray[np.int64], found: Adapted) -> Adapted:

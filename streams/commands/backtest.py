@@ -11,7 +11,6 @@ from rich.console import Console
 
 from configs.exceptions import SettingsError
 from configs.settings import Settings
-from state.history_codec import CHUNK_EVENTS
 from streams.commands.options import Config, Data, Device, OfflineFraction, Overrides, RejectsFile, Seed, settings_from
 from streams.commands.outputs import require_directory, require_file
 from streams.commands.progress import shown_progress
@@ -97,11 +96,6 @@ def _require_usable_meta(settings: Settings, directory: Path | None) -> None:
                 f"--meta-dir {directory}: nothing would be written there without an online stage; add --meta everything"
             )
         return
-    if settings.state.ring < CHUNK_EVENTS:
-        raise SettingsError(
-            f"state.ring: {settings.state.ring} events are too few for the histories of the online stage; set it to at "
-            f"least {CHUNK_EVENTS}"
-        )
     alarms_of(meta.alarms).close(0)
 
 

@@ -20,7 +20,7 @@ from learner.histories import Histories
 from learner.interactions import Interactions
 from learner.meta_model import MetaModel
 from learner.meta_update import GradientSum, Moves, gradient_sum
-from learner.metrics import event_index, event_log_loss
+from learner.metrics import event_log_loss
 from learner.rebasing import relearn
 from learner.serving import RawFeatures, ServingModel
 from learner.user_hash import CANARY, OFFLINE, drawn, mixed, user_crcs
@@ -211,14 +211,6 @@ class Contributor:
         self._slice_users = {}
         slice_events = self._settings.anchors.slice_events
         self._slice_events = slice_events - slice_events // SHORT_SLICE
-
-    def index_of(self, events: Interactions) -> NDArray[np.int64]:
-        """(N,) how many events its user had before each of these, which were applied just now."""
-        users, first, user = np.unique(events.user, return_index=True, return_inverse=True)
-        rows = self._layout.rows(self._store.get_many([events.user_ids[k].encode() for k in users.tolist()])[0])
-        number = event_index(user)
-        counts = np.bincount(user, minlength=len(first))
-        return (rows["events"].astype(np.int64) - counts)[user] + number
 
     def findings(
         self,

@@ -172,7 +172,7 @@ class EmbeddedMeta:
         """Tells the drift detectors; where tastes have moved, older anchors measure what nobody likes any more."""
         applied = np.flatnonzero(said.applied)
         loss = event_log_loss(records.label[applied], said.probability[applied])
-        alarms = self._drift.add(loss, self._contributor.index_of(records)[applied])
+        alarms = self._drift.add(loss, said.number[applied])
         for alarm in alarms:
             self._alarm(
                 Kind.DRIFT, f"log-loss of {alarm.channel} users rose from {alarm.before:.4f} to {alarm.after:.4f}",
@@ -220,9 +220,11 @@ def _lineage(settings: Settings) -> Lineage | None:
 
 def _joined(parts: Sequence[Predictions]) -> Predictions:
     """Of no parts: of no events."""
-    none = Predictions(np.zeros(0, np.float32), np.zeros(0, np.float32), np.zeros(0, np.bool_))
-    logit, probability, applied = zip(none, *parts, strict=True)
-    return Predictions(np.concatenate(logit), np.concatenate(probability), np.concatenate(applied))
+    none = Predictions(np.zeros(0, np.float32), np.zeros(0, np.float32), np.zeros(0, np.bool_), np.zeros(0, np.int64))
+    logit, probability, applied, number = zip(none, *parts, strict=True)
+    return Predictions(
+        np.concatenate(logit), np.concatenate(probability), np.concatenate(applied), np.concatenate(number)
+    )
 
 
 def _now_ms() -> int:

@@ -178,21 +178,25 @@ class MetaLine:
     def judge(self, findings: Sequence[Findings]) -> None:
         """Moves every open version on, the oldest first, or takes it back with all that was built on it.
 
-        ``findings``: at most one of each, of all partitions together; a version without any stays where it is.
+        ``findings``: at most one of each, of all partitions together; a version without any stays where it is, and
+        none overtakes one that it was built on.
         """
-        found = {f.version: f for f in findings}
+        found, stays = {f.version: f for f in findings}, False
         for candidate in list(self._open):
-            if candidate not in self._open or (finding := found.get(candidate.number)) is None:
+            if candidate not in self._open:
+                continue
+            if (finding := found.get(candidate.number)) is None:
+                stays = True
                 continue
             verdicts = self._verdicts(candidate, finding)
             against = [v for v in verdicts if v.outcome == "reject"]
             evidence = {"verdicts": [v.as_dict() for v in verdicts], "cohorts": _cohorts(finding.scores)}
-            if candidate.stage == "shadow" and all(v.outcome == "wait" for v in verdicts):
-                continue  # nothing was measured: the next span has more users
+            # Where nothing was measured, the next span has more users.
+            stays = stays or (candidate.stage == "shadow" and all(v.outcome == "wait" for v in verdicts))
             if against:
                 self._reject(candidate, against[0].reason, evidence)
-            else:
-                self._advance(candidate, "; ".join(v.reason for v in verdicts), evidence)
+            elif not stays:
+                self._advance(candidate, "; ".join(map(_said, verdicts)), evidence)
 
     def step(self, gradients: Sequence[GradientSum], spans: Sequence[Span], events: int) -> None:
         """Makes the next candidate of the sums that can be used, and counts the others in ``refused``.
@@ -321,6 +325,10 @@ def _told(directive: Directive, rate: float) -> Mapping[str, Any]:
     return {
         "rate": rate, "recent_scale": directive.recent_scale, "distillation": directive.distillation,
     }  # fmt: skip
+
+
+def _said(verdict: Verdict) -> str:
+    return f"too few users to judge by: {verdict.reason}" if verdict.outcome == "wait" else verdict.reason
 
 
 def _cohorts(scores: Scores | None) -> dict[str, dict[str, Any]]:

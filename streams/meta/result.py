@@ -10,7 +10,6 @@ from learner.drift import DriftAlarm
 from learner.forgetting import MEASURES, ForgettingMatrix
 from state.lineage.history import Version
 
-
 FROZEN = "frozen"
 """The baseline beside the online stage: the trained model, which the stream does not improve"""
 

@@ -49,7 +49,7 @@ class Processor:
         self.given.append((events.offset.tolist(), through))
         self.counts.guarded += self._guarded
         n = len(events)
-        return Predictions(np.zeros(n, np.float32), np.zeros(n, np.float32), np.ones(n, np.bool_))
+        return Predictions(np.zeros(n, np.float32), np.zeros(n, np.float32), np.ones(n, np.bool_), np.full(n, -1))
 
 
 class Letters:

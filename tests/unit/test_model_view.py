@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from learner.features import Catalogue, FeatureEncoder, FeatureField
+from learner.features import Catalogue, FeatureEncoder, FeatureField, SparseRows
 from learner.serving import ServingModel
 from learner.user_state import RowLayout, item_hash, ring_item
 from state.exceptions import StoreDamaged
@@ -158,3 +158,14 @@ def test_todays_file_is_the_golden_one_and_the_golden_one_is_read(tmp_path, pyte
     view = ModelView(tmp_path / "old")
     assert (view.item_count, view.meta_version) == (12, 3)
     np.testing.assert_array_equal(view.items(view.places(["i7"])).psi[0], model.items.psi[7])
+    started = view.start_of("u1", np.array([1]), np.array([2], np.float32))
+    expected = model.means_of(SparseRows(np.array([0, 1]), np.array([1]), np.array([2], np.float32)))
+    assert started.mean.tobytes() == expected[0].tobytes()
+
+
+def test_a_view_without_user_weights_is_read_and_knows_the_starts_of_the_catalogue(tmp_path):
+    golden = Path(__file__).parents[1] / "golden" / "model-view-v1-without-user-weights.safetensors"
+    shutil.copyfile(golden, tmp_path / FILE)
+    view = ModelView(tmp_path)
+    assert (view.item_count, view.meta_version) == (12, 3)
+    assert view.start_of("u1", np.array([1]), np.array([2], np.float32)).same_bits(view.start("u1"))

@@ -2,16 +2,15 @@
 
 A row stands on the version it was adapted under: its mean and covariance mean nothing to another one's items. What it
 has learned is learned again from the user's events (``relearn``), all of them where they are kept, else the latest;
-or the prior alone is exchanged (``exchange_prior``), where the items hardly moved. Header, ledger and ring are the
-events' and stay.
+or its prior alone is exchanged (``learner.prior_exchange``), where the items hardly moved. Header, ledger and ring are
+the events' and stay.
 
 Symbols: n rows, d and e widths of the filters, B = n histories.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +21,6 @@ from learner.filters import Float
 from learner.histories import Histories, spans, starts_of
 from learner.serving import ServingModel
 from learner.user_state import HEADER_BYTES, NO_GRADE, RowLayout, Slab, new_rows
-
-WIDEST = 10.0
-"""Times the variance of the new prior's widest direction, beyond which a posterior is no knowledge but a difference of
-nearly equal numbers, and its mean goes anywhere"""
 
 
 class Learned(NamedTuple):
@@ -78,78 +73,3 @@ def latest_events(layout: RowLayout, slab: Slab) -> Histories:
         (entries >> np.uint64(17) & np.uint64(NO_GRADE)).astype(np.int32), events - kept,
         SparseRows(starts_of(np.zeros(len(events), np.int64)), np.zeros(0, np.int64), np.zeros(0, np.float32)),
     )  # fmt: skip
-
-
-class Prior(NamedTuple):
-    """Where a version's users start: (n, d) or (n, e) means, and one packed covariance."""
-
-    mean: Float
-    covariance: Float
-
-
-def exchange_prior(layout: RowLayout, slab: Slab, old: Sequence[Prior], new: Sequence[Prior], version: int) -> None:
-    """Takes the old prior out of each Gaussian and puts the new one in, in place: (n, row_bytes).
-
-    In natural parameters: Λ' = Λ − Λ_old + Λ_new, and η likewise; where that is no covariance, or one beyond WIDEST
-    (the drift has made the posterior wider than its prior), for a damaged row, and for the gradient head, the mean
-    moves with the prior and the rest stays.
-    ``old`` and ``new``: of the first filter, and of the second where there is one.
-    """
-    rows = layout.rows(slab)
-    names = (("mean", "covariance"), ("second_mean", "second_covariance"))
-    for (mean, covariance), before, after in zip(names, old, new, strict=False):
-        if not before.covariance.size:
-            rows[mean] += after.mean - before.mean
-            continue
-        m, S = _exchanged(rows[mean], rows[covariance], before, after)
-        rows[mean], rows[covariance] = m, S
-    rows["meta_version"] = version
-
-
-def _exchanged(mean: Float, covariance: Float, old: Prior, new: Prior) -> tuple[Float, Float]:
-    dim = mean.shape[1]
-    diagonal = covariance.shape[1] == dim and dim > 1
-    S, before, after = (_matrices(a, dim, diagonal) for a in (covariance, old.covariance[None], new.covariance[None]))
-    sound = np.isfinite(S).all((1, 2)) & np.isfinite(mean).all(1)
-    sound &= _least(_or_one(S, sound)) > 0
-    kept = np.where(sound[:, None], mean, 0)
-    precision, out, into = np.linalg.inv(_or_one(S, sound)), np.linalg.inv(before), np.linalg.inv(after)
-    eta = _times(precision, kept) - _times(out, old.mean) + _times(into, new.mean)
-    wanted = precision - out + into
-    sound &= _least(wanted) > _least(into) / WIDEST
-    result = np.linalg.inv(_or_one(wanted, sound))
-    m = np.where(sound[:, None], _times(result, eta), mean + new.mean - old.mean)
-    lower = np.arange(dim), np.arange(dim)
-    if not diagonal:
-        lower = np.tril_indices(dim)
-    packed = np.where(sound[:, None], result[:, lower[0], lower[1]], covariance)
-    return m.astype(np.float32), packed.astype(np.float32)
-
-
-def _matrices(packed: Float, dim: int, diagonal: bool) -> NDArray[Any]:
-    """(n, d, d) of packed lower triangles, or of diagonals."""
-    full = np.zeros((len(packed), dim, dim))
-    if diagonal:
-        full[:, np.arange(dim), np.arange(dim)] = packed
-        return full
-    rows, columns = np.tril_indices(dim)
-    full[:, rows, columns] = packed
-    full[:, columns, rows] = packed
-    return full
-
-
-def _or_one(matrix: NDArray[Any], sound: NDArray[np.bool_]) -> NDArray[Any]:
-    """(n, d, d) the identity in place of those that are not sound."""
-    return np.where(sound[:, None, None], matrix, np.eye(matrix.shape[1]))
-
-
-def _least(matrix: NDArray[Any]) -> NDArray[np.float64]:
-    """(n,) smallest eigenvalues."""
-    values: NDArray[np.float64] = np.linalg.eigvalsh(matrix)[:, 0]
-    return values
-
-
-def _times(matrix: NDArray[Any], vector: NDArray[Any]) -> NDArray[np.float64]:
-    product: NDArray[np.float64] = np.einsum("nij,nj->ni", np.broadcast_to(matrix, (len(vector), *matrix.shape[1:])),
-                                             vector.astype(np.float64))  # fmt: skip
-    return product

@@ -1,7 +1,7 @@
 """Which versions of the shared parameters serve a partition's users, and how a user's row comes onto one.
 
 A row moves at its user's next event, never all at once: it is learned anew from the user's history where that is
-kept, else from the events in its ring, or its prior is exchanged (``learner.rebasing``).
+kept, else from the events in its ring (``learner.rebasing``), or its prior is exchanged (``learner.prior_exchange``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from learner.adaptation import Adaptation
 from learner.features import SparseRows
-from learner.rebasing import Prior, exchange_prior, latest_events, put_adaptive, relearn
+from learner.prior_exchange import Prior, exchange_prior
+from learner.rebasing import latest_events, put_adaptive, relearn
 from learner.serving import ServingModel
 from learner.user_hash import CANARY, drawn, user_crcs
 from learner.user_state import RowLayout, Slab

@@ -9,6 +9,7 @@ from typing import Any
 from learner.drift import DriftAlarm
 from learner.forgetting import MEASURES, ForgettingMatrix
 from state.lineage.history import Version
+from state.lineage.record import plain
 
 FROZEN = "frozen"
 """The baseline beside the online stage: the trained model, which the stream does not improve"""
@@ -58,7 +59,7 @@ def _version(version: Version) -> dict[str, Any]:
         "version": version.number,
         "parent": record.parent,
         "round": record.round,
-        "metrics": dict(record.metrics),
-        "settings": dict(record.settings) if version.number else {},
-        "decisions": [{"kind": d.kind, "reason": d.reason, "evidence": dict(d.evidence)} for d in version.decisions],
+        "metrics": plain(record.metrics),  # a step that went wrong has numbers that JSON has not
+        "settings": plain(record.settings) if version.number else {},
+        "decisions": [{"kind": d.kind, "reason": d.reason, "evidence": plain(d.evidence)} for d in version.decisions],
     }

@@ -98,8 +98,9 @@ def auc_by_pairs(label, score):
 def test_the_json_has_the_promised_keys(with_model):
     result = with_model.result
     assert set(result) == {
-        "protocol", "metrics", "baselines", "speed", "state", "versions", "rejects", "notes",
+        "protocol", "metrics", "baselines", "speed", "state", "versions", "rejects", "notes", "meta",
     }  # fmt: skip
+    assert result["meta"] is None
     assert set(result["protocol"]) == {
         "offline_events", "offline_users", "online_events", "online_users", "cut_time_ms",
     }  # fmt: skip

@@ -12,7 +12,8 @@ from learner.adaptation import Adaptation
 from learner.features import SparseRows
 from learner.histories import Histories, starts_of
 from learner.interactions import Interactions
-from learner.rebasing import Prior, event_columns, exchange_prior, latest_events, put_adaptive, relearn
+from learner.prior_exchange import Prior, exchange_prior
+from learner.rebasing import event_columns, latest_events, put_adaptive, relearn
 from learner.serving import ServingModel
 from learner.user_state import HEADER_BYTES, NO_GRADE, RowLayout, item_hash, new_rows, recent_events, ring_item
 from state.memory_store import MemoryUserStore

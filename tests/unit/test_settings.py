@@ -169,3 +169,94 @@ def test_an_unknown_profile_names_the_nearest_and_all() -> None:
         "no profile and no file is named 'ml-1mm' (nearest: ml-1m); profiles: default, demo, ml-100k, "
         "ml-100k-graded, ml-1m, ml-1m-graded; or give the path of a YAML file"
     )
+
+
+# --- the online stage
+
+
+def test_the_online_stage_is_off_unless_it_is_asked_for() -> None:
+    meta = load_settings(None, environ={}).meta
+    assert meta.moves == "off"
+    assert (meta.every_events, meta.users, meta.recent_share, meta.rebase) == (5_000, 256, 0.25, "history")
+    assert (meta.rate, meta.narrow_rate, meta.kl_weight) == (1e-2, 3e-2, 0.4)
+    assert meta.directory is None
+    assert meta.gate.enabled
+    assert (meta.gate.limit, meta.gate.confidence, meta.gate.canary_share) == (0.003, 0.95, 0.1)
+    assert (meta.anchors.held_out, meta.anchors.segment) == (0.05, None)
+    assert meta.alarms.webhook is None
+    assert not meta.hmac.given
+
+
+@pytest.mark.parametrize("name", ["demo", "ml-100k", "ml-1m-graded"])
+def test_every_published_profile_leaves_it_off(name: str) -> None:
+    assert load_settings(name, environ={}).meta.moves == "off"
+
+
+def test_the_section_meta_is_set_like_any_other(tmp_path: Path) -> None:
+    path = written(
+        tmp_path, "own.yaml", "meta: {moves: biases, gate: {limit: 0.01}, anchors: {segment: plan}, directory: kept}\n"
+    )
+    environ = {"COLDSTREAM__META__EVERY_EVENTS": "700", "COLDSTREAM__META__GATE__PATIENCE": "2"}
+    meta = load_settings(path, {"meta.moves": "everything", "meta.alarms.webhook": "https://hook"}, environ).meta
+    assert (meta.moves, meta.every_events, meta.directory) == ("everything", 700, Path("kept"))
+    assert (meta.gate.limit, meta.gate.patience, meta.gate.confidence) == (0.01, 2, 0.95)
+    assert (meta.anchors.segment, meta.alarms.webhook) == ("plan", "https://hook")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("meta.moves", "all"),
+        ("meta.moves", "true"),
+        ("meta.every_events", "0"),
+        ("meta.users", "0"),
+        ("meta.recent_share", "1.1"),
+        ("meta.recent_share", "-0.1"),
+        ("meta.rate", "0"),
+        ("meta.narrow_rate", "0"),
+        ("meta.kl_weight", "-1"),
+        ("meta.rebase", "all"),
+        ("meta.keep_versions", "0"),
+        ("meta.histories.events", "0"),
+        ("meta.histories.events_per_user", "31"),
+        ("meta.anchors.held_out", "0"),
+        ("meta.anchors.held_out", "0.6"),
+        ("meta.anchors.users", "0"),
+        ("meta.anchors.slice_events", "0"),
+        ("meta.anchors.query", "3"),
+        ("meta.gate.limit", "0"),
+        ("meta.gate.confidence", "0.5"),
+        ("meta.gate.confidence", "1"),
+        ("meta.gate.bootstrap_samples", "99"),
+        ("meta.gate.min_users", "1"),
+        ("meta.gate.min_stream_users", "1"),
+        ("meta.gate.canary_share", "1"),
+        ("meta.gate.canary_share", "-0.1"),
+        ("meta.gate.patience", "0"),
+        ("meta.alarms.min_interval_s", "0"),
+    ],
+)
+def test_what_the_online_stage_cannot_use_is_refused_with_its_key(key: str, value: str) -> None:
+    with pytest.raises(InvalidSettings) as error:
+        load_settings(None, {key: value}, environ={})
+    assert [problem.key for problem in error.value.problems] == [key]
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("meta.gate.limits", "meta.gate.limit"),
+        ("meta.every_event", "meta.every_events"),
+        ("meta.anchor", "meta.anchors"),
+    ],
+)
+def test_an_unknown_key_of_the_online_stage_names_the_nearest(key: str, nearest: str) -> None:
+    with pytest.raises(InvalidSettings) as error:
+        load_settings(None, {key: "1"}, environ={})
+    assert nearest.rsplit(".", 1)[1] in str(error.value)
+
+
+def test_histories_need_a_ring_that_holds_a_chunk_of_them() -> None:
+    assert load_settings(None, {"state.ring": "8"}, environ={}).state.ring == 8  # without the online stage it may
+    with pytest.raises(InvalidSettings, match=r"set state\.ring \(now 8\) to at least 32"):
+        load_settings(None, {"state.ring": "8", "meta.moves": "everything"}, environ={})

@@ -242,13 +242,20 @@ def test_a_span_has_its_offsets_events_and_items_until_a_round_takes_it(summed):
     assert part.contributor.span() == Span(0, 300, 301)
 
 
+def turned_around(events):
+    """The same events, with dictionaries in the opposite order."""
+    return replace(
+        events, user_ids=events.user_ids[::-1], item_ids=events.item_ids[::-1],
+        user=len(events.user_ids) - 1 - events.user, item=len(events.item_ids) - 1 - events.item,
+    )  # fmt: skip
+
+
 def test_how_a_span_came_in_changes_nothing_of_what_is_drawn(summed):
     events = own_items(range(60), 4)
-    for size in (7, 100, 240):
+    for size, dictionaries in ((7, Interactions.pruned), (100, turned_around), (240, turned_around)):
         part = Part()
         for first in range(0, 240, size):
-            batch = events.take(slice(first, first + size))
-            part.feed(batch.pruned() if size == 100 else batch)
+            part.feed(dictionaries(events.take(slice(first, first + size))))
         part.gradient(task_of(recent_share=1.0))
     one, two, three = (owners(histories) for histories, _ in summed)
     assert one == two == three

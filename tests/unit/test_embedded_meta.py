@@ -166,6 +166,17 @@ def test_how_the_stream_comes_in_changes_no_bit(once):
         assert again.probability.tobytes() == once.probability.tobytes()
         assert again.rows == once.rows
         assert told(again) == told(once)
+        assert again.current.fixed.item_ids == once.current.fixed.item_ids
+
+
+def test_a_version_knows_no_item_that_came_after_it_was_made(tmp_path):
+    """Not even by its name, though the batch has it."""
+    events = taste_events(range(100, 125), 40, seed=11, items=40)
+    run(events.take(slice(0, 200)), directory=tmp_path / "versions")
+    came = {events.item_ids[k] for k in events.item[:ROUND].tolist()}
+    later = {events.item_ids[k] for k in events.item[ROUND : 2 * ROUND].tolist()} - came - set(trained().fixed.item_ids)
+    assert later
+    assert set(Lineage(tmp_path / "versions").tensors(1).item_ids) == {*trained().fixed.item_ids, *came}
 
 
 def test_the_seed_decides_every_bit(once):

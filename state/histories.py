@@ -39,6 +39,8 @@ from state.history_codec import (
     chunk_events,
     decode_chunks,
     encode_chunks,
+    oldest_chunk,
+    unbroken,
 )
 from state.history_cursor import Entry, HistoryCursor
 from state.keys import HISTORY, NOTHING, after_stem, chunk_key, first_stem, history_stem
@@ -189,7 +191,9 @@ class HistoryBook:
         places = np.flatnonzero((owners(users).astype(np.int64) < book.threshold) & (events > 0)).tolist()
         stems = [history_stem(users[k]) for k in places]
         last = (events[places] - 1) // CHUNK_EVENTS
-        numbers = [range(a, b + 1) for a, b in zip(_oldest(book, events[places]).tolist(), last.tolist(), strict=True)]
+        numbers = [
+            range(a, b + 1) for a, b in zip(oldest_chunk(book, events[places]).tolist(), last.tolist(), strict=True)
+        ]
         keys = [
             key
             for stem, chunks in zip(stems, numbers, strict=True)
@@ -199,7 +203,7 @@ class HistoryBook:
         parts: dict[int, _Stored] = {}
         for place, chunks in zip(places, numbers, strict=True):
             head, held = next(values), [next(values) for _ in chunks]
-            whole = _whole(held, int(events[place]) - CHUNK_EVENTS * chunks[-1])
+            whole = unbroken(held, int(events[place]) - CHUNK_EVENTS * chunks[-1])
             if head is not None and whole:
                 parts[place] = _Stored(head, chunks.stop - len(whole), whole)
         found = self._unpacked(parts.values(), [users[k] for k in parts])
@@ -271,7 +275,7 @@ class HistoryBook:
                 chunks = list(_range(cursor, stem + b"\0", after_stem(stem)))
                 key, value = chunks[-1]
                 events = CHUNK_EVENTS * _number(key) + chunk_events(value)
-                oldest = int(_oldest(book, np.array(events)))
+                oldest = int(oldest_chunk(book, np.array(events)))
                 gone.update({key: None for key, _ in chunks if _number(key) < oldest})
                 entry = cursor.seek(after_stem(stem))
         book = replace(book, events=book.events - CHUNK_EVENTS * len(gone), keys=book.keys - len(gone))
@@ -307,7 +311,7 @@ class HistoryBook:
         """The commit's new entries, event ``number`` of ``member`` each, and what of their chunks was there before."""
         learned, before, now = fresh > 0, pending.count, pending.count + fresh
         begun = before // CHUNK_EVENTS
-        oldest = _oldest(pending.book, now)
+        oldest = oldest_chunk(pending.book, now)
         first = np.maximum(begun, oldest)
         written = number >= CHUNK_EVENTS * first[member]
         old_user, old_place = np.nonzero(
@@ -343,7 +347,7 @@ class HistoryBook:
     ) -> tuple[dict[bytes, bytes | None], Book]:
         """Old histories of users who start anew, and chunks that are too old now; the book without them."""
         gone = {key: value for u, old in pending.expired.items() if learned[u] for key, value in old}
-        was = _oldest(pending.book, pending.count)
+        was = oldest_chunk(pending.book, pending.count)
         out_of_reach = np.flatnonzero(learned & ~pending.headless & (oldest > was))
         keys = [
             chunk_key(stems[u], k)
@@ -460,12 +464,6 @@ def _damaged(store: UserStore, what: str) -> StoreDamaged:
     return StoreDamaged(f"{place}{what}: restore a snapshot or the changelog")
 
 
-def _oldest(book: Book, events: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(n,) the first chunk that is kept of a user with so many events."""
-    oldest: NDArray[np.int64] = np.maximum(events - book.events_per_user, 0) // CHUNK_EVENTS
-    return oldest
-
-
 def _number(key: bytes) -> int:
     return int.from_bytes(key[_STEM_BYTES:], "big")
 
@@ -490,16 +488,6 @@ def _stored(cursor: HistoryCursor, stem: bytes) -> _Stored:
     """The history with this stem, which is there."""
     (_, head), *chunks = _range(cursor, stem, after_stem(stem))
     return _Stored(head, _number(chunks[0][0]), [value for _, value in chunks])
-
-
-def _whole(chunks: Sequence[bytes | None], last_events: int) -> list[bytes]:
-    """The latest chunks without a gap, of which the last one has so many events."""
-    whole: list[bytes] = []
-    for packed in reversed(chunks):
-        if packed is None or chunk_events(packed) != (CHUNK_EVENTS if whole else last_events):
-            break
-        whole.insert(0, packed)
-    return whole
 
 
 def _drawn(cursor: HistoryCursor, rng: np.random.Generator, count: int, threshold: int) -> list[bytes]:

@@ -130,6 +130,22 @@ def chunk_events(packed: bytes) -> int:
     return max(len(packed) - _HEAD.size, 0) // 8
 
 
+def oldest_chunk(book: Book, events: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(n,) the first chunk that is kept of a user with so many events."""
+    oldest: NDArray[np.int64] = np.maximum(events - book.events_per_user, 0) // CHUNK_EVENTS
+    return oldest
+
+
+def unbroken(chunks: Sequence[bytes | None], last_events: int) -> list[bytes]:
+    """The latest chunks without a gap, of which the last one has so many events."""
+    whole: list[bytes] = []
+    for packed in reversed(chunks):
+        if packed is None or chunk_events(packed) != (CHUNK_EVENTS if whole else last_events):
+            break
+        whole.insert(0, packed)
+    return whole
+
+
 def _sealed(body: bytes) -> bytes:
     rest = _HEAD.pack(0, VERSION, 0)[_CHECKSUM.size :] + body
     return _CHECKSUM.pack(zlib.crc32(rest)) + rest

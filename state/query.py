@@ -103,12 +103,13 @@ class StateReader:
         """The user at a point, with the scores of ``items`` and of the ``count`` best of the catalogue.
 
         ``unseen`` leaves the user's latest items out of the best. ``explained`` says what moved the user. Raises
-        QueryError where the point or what is asked cannot be told, and RowDamaged.
+        QueryError where the point or what is asked cannot be told, RowDamaged, and StoreDamaged.
         """
         found = self._find(user_id, snapshots)
+        view = found.view
         for item in items:
             _bytes(item)
-        if self.view is None:
+        if view is None:
             if items or count:
                 raise QueryError(f"{self.path / FILE} is missing, so no item can be scored: run again to write it")
             if not found.timeline.known:
@@ -116,83 +117,62 @@ class StateReader:
         moment = found.timeline.at(at)
         row = moment.row
         expired = at.kind == "now" and row is not None and int(row["last_offset"]) <= found.idle_up_to
-        part = moment.part if self.view is None or not expired else self.view.start(user_id)
+        part = moment.part if view is None or not expired else view.start(user_id)
         recent = frozenset[int]()
-        if self.view is not None and (items or count):
-            recent = frozenset(self._recent_places(self.view, moment))
+        if view is not None and (items or count):
+            recent = frozenset(self._recent_places(view, moment))
         return user_report(
-            user_id, found, at, moment, self.view, expired=expired, explained=explained,
-            scored=() if self.view is None else scores(self.view, part, items, recent),
-            best=() if self.view is None or not count else top(self.view, part, count, recent, unseen=unseen),
+            user_id, found, at, moment, expired=expired, explained=explained,
+            scored=() if view is None else scores(view, part, items, recent),
+            best=() if view is None or not count else top(view, part, count, recent, unseen=unseen),
         )  # fmt: skip
 
     def diff(self, user_id: str, before: Point, after: Point, *, snapshots: Path | None = None) -> DiffReport:
         """The user at two points. Raises QueryError where one cannot be told, or the state directory has no model."""
-        if self.view is None:
+        found = self._find(user_id, snapshots)
+        view, timeline = found.view, found.timeline
+        if view is None:
             raise QueryError(f"{self.path / FILE} is missing, so no states can be compared: run again to write it")
-        timeline = self._find(user_id, snapshots).timeline
         one, other = timeline.at(before), timeline.at(after)
         anew = one.first_time_ms not in (None, other.first_time_ms)
         if one.part.events > other.part.events and not anew:
             raise QueryError(f"--diff {before.asked} {after.asked}: the first point is after the second; swap them")
         had = 0 if anew else one.part.events
-        learned = explain(self.view, other.part, other.events, other.bases).events
+        learned = explain(view, other.part, other.events, other.bases).events
         between = tuple(event for event in learned if event.number >= had)
-        risen, fallen = most_changed(self.view, one.part, other.part, MOST_CHANGED)
-        change = parameter_change(self.view.layout, one.part, other.part)
+        risen, fallen = most_changed(view, one.part, other.part, MOST_CHANGED)
+        change = parameter_change(view.layout, one.part, other.part)
         return DiffReport(
             user_id, point_report(before, one), point_report(after, other), one.part.events, other.part.events, anew,
-            change, float(np.linalg.norm(change.mean)), in_prior_sd(self.view.first, np.array(change.mean)), between,
+            change, float(np.linalg.norm(change.mean)), in_prior_sd(view.first, np.array(change.mean)), between,
             other.part.events - had - len(between), risen, fallen,
         )  # fmt: skip
 
     def _find(self, user_id: str, snapshots: Path | None) -> Found:
         """The user in the first store that has a row, else in none."""
         user = _bytes(user_id)
+        view = None if self.view is None else self.view.serving(user_id)
         earlier = _snapshots(snapshots) if snapshots is not None else []
         for number in self._directories:
             store = self._store(number)
-            live, how = self._stored("the live row", store, user)
+            live = _stored("the live row", store, user, view)
             past = [
-                stored for directory in earlier for stored in self._in_snapshot(directory, number, store.layout, user)
+                stored for directory in earlier for stored in _in_snapshot(directory, number, store.layout, user, view)
             ]
-            looked_up = (number, live, how, past, store)
+            looked_up = (number, live, past, store)
             if live.row is not None or any(stored.row is not None for stored in past):
                 break
-        number, live, how, past, store = looked_up
-        timeline = Timeline(self.view, store.layout, user_id, live, past)
+        number, live, past, store = looked_up
+        timeline = Timeline(view, store.layout, user_id, live, past)
         progress = store.progress()
         return Found(
             number if timeline.known else None,
             store.layout,
+            view,
             timeline,
             idle_up_to(b"" if progress is None else progress.clock),
             progress.offset if progress is not None and (timeline.known or len(self._directories) == 1) else None,
-            how,
         )
-
-    def _in_snapshot(self, snapshot: Path, number: int, layout: RowLayout, user: bytes) -> list[Stored]:
-        directory = snapshot / f"partition-{number}"
-        if not (directory / "CURRENT").is_file():
-            return []
-        with RocksReader(directory) as store:
-            if store.layout != layout:
-                raise SnapshotError(
-                    f"{directory} holds rows of {store.layout.fingerprint}, the state {layout.fingerprint}: it is of "
-                    "another run; give the snapshots of this one"
-                )
-            return [self._stored(f"snapshot {snapshot.name}", store, user)[0]]
-
-    def _stored(self, name: str, store: RocksReader, user: bytes) -> tuple[Stored, str]:
-        """(what the store says of the user, how its row came onto the version of the model)."""
-        rows, found = store.get_many([user])
-        progress = store.progress()
-        offset = -1 if progress is None else progress.offset
-        if not found[0]:
-            return Stored(name, None, offset), ""
-        row = store.layout.rows(rows)[0]
-        on_view = Moved(row, "") if self.view is None else moved(self.view, store, user, row)
-        return Stored(name, on_view.row, offset), on_view.how
 
     def _store(self, number: int) -> RocksReader:
         if number not in self._stores:
@@ -223,6 +203,30 @@ class StateReader:
         latest = [event for event in moment.events if event.number >= moment.part.events - view.layout.ring]
         places = (view.place_of_ring_item(event.ring_item) for event in latest)
         return [place for place in places if place < view.item_count]
+
+
+def _in_snapshot(snapshot: Path, number: int, layout: RowLayout, user: bytes, view: ModelView | None) -> list[Stored]:
+    directory = snapshot / f"partition-{number}"
+    if not (directory / "CURRENT").is_file():
+        return []
+    with RocksReader(directory) as store:
+        if store.layout != layout:
+            raise SnapshotError(
+                f"{directory} holds rows of {store.layout.fingerprint}, the state {layout.fingerprint}: it is of "
+                "another run; give the snapshots of this one"
+            )
+        return [_stored(f"snapshot {snapshot.name}", store, user, view)]
+
+
+def _stored(name: str, store: RocksReader, user: bytes, view: ModelView | None) -> Stored:
+    """What the store says of the user, on the version of the view."""
+    rows, found = store.get_many([user])
+    progress = store.progress()
+    offset = -1 if progress is None else progress.offset
+    if not found[0]:
+        return Stored(name, None, offset)
+    on_view = Moved(store.layout.rows(rows)[0], None) if view is None else moved(view, store, user, rows)
+    return Stored(name, on_view.row, offset, on_view.movement)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -25,7 +25,7 @@ from learner.serving import ServingModel
 from learner.user_state import RowLayout
 from state.exceptions import StoreError
 from state.histories import HistoryLimits
-from state.reading.model_view import write_model_view
+from state.reading.model_view import ONE, Versions, write_model_view
 from state.rocksdb import MEBIBYTE, StoreMemory
 from state.store import RocksUserStore
 from state.syncing import SyncPolicy
@@ -204,13 +204,17 @@ class Backtest:
             self._write_view(serving, stream.layout)
             if offline is None:
                 seconds, meta = self._stream(data, partial(stream.process, PARTITION), recorder), None
+                versions = ONE
             else:
                 with EmbeddedMeta(
                     artifact, offline, serving, stream, settings, data.users, partition=PARTITION
                 ) as online:
                     seconds = self._stream(data, online.process, recorder)
-                    serving, meta = online.current, online.result()
-            self._write_view(serving, stream.layout)  # again: with the items that the stream brought
+                    serving, meta, last = online.current, online.result(), online.serving
+                versions = Versions(
+                    settings.meta.rebase, online.newest, last.canary, last.canary_share, last.earlier
+                )  # fmt: skip
+            self._write_view(serving, stream.layout, versions)  # again: with the items that the stream brought
             parts = row_parts(stream.layout)
         return _Streamed(recorder, seconds, StateSize(len(recorder.users), sum(parts.values()), parts), meta)
 
@@ -227,11 +231,11 @@ class Backtest:
             said = [stream.process(PARTITION, batch).probability for batch in recorder.batches]
         return {FROZEN: np.concatenate(said)}
 
-    def _write_view(self, serving: ServingModel, layout: RowLayout) -> None:
+    def _write_view(self, serving: ServingModel, layout: RowLayout, versions: Versions = ONE) -> None:
         """Puts what a query needs of the model beside rows that are kept."""
         state = self.settings.state
         if state.directory is not None:
-            write_model_view(state.directory, serving, layout, state.expire_after_days)
+            write_model_view(state.directory, serving, layout, state.expire_after_days, versions)
 
     def _artifact(self, data: PreparedData) -> tuple[Artifact, OfflineHistories | None]:
         """The model, and what the online stage replays, if there is to be one."""
@@ -256,8 +260,9 @@ class Backtest:
         return None if self.settings.meta.moves == "off" else read_histories(directory)
 
     def _refuse_used_directories(self) -> None:
-        state, meta = self.settings.state.directory, self.settings.meta.directory
-        for directory, what in ((state, "state directory"), (meta, "directory of versions")):
+        state, meta = self.settings.state.directory, self.settings.meta
+        versions = None if meta.moves == "off" else meta.directory
+        for directory, what in ((state, "state directory"), (versions, "directory of versions")):
             if directory is not None and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
                 raise StoreError(
                     f"the {what} {directory} is not empty: a backtest starts with no users and one version, and "

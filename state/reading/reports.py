@@ -11,6 +11,7 @@ from learner.retrace import AdaptivePart
 from learner.user_state import RowLayout
 from state.reading.explain import Distance, ExplainedEvent, Explanation, distance, explain
 from state.reading.model_view import DAY_MS, ModelView
+from state.reading.moving import Movement
 from state.reading.point import NOW, Point
 from state.reading.scores import Change, Score
 from state.reading.time_travel import Moment, Timeline
@@ -22,13 +23,13 @@ class Found(NamedTuple):
     partition: int | None
     """None: no store has the user"""
     layout: RowLayout
+    view: ModelView | None
+    """Of the version that serves the user; None where the state directory has no model"""
     timeline: Timeline
     idle_up_to: int
     """By the partition's clock: a latest event at this offset or before is too long ago"""
     offset: int | None
     """How far the partition has come; None where it is not known which one"""
-    moved: str
-    """How the row came onto the version of the model; empty where it stood there"""
 
 
 class PointReport(NamedTuple):
@@ -40,12 +41,16 @@ class PointReport(NamedTuple):
     exact: bool
     note: str
     """What limits it; empty where nothing does"""
+    moved: Movement | None
+    """How the state came onto the version that answers; None: it was known to stand there, or starts there"""
 
 
 class ModelReport(NamedTuple):
     """The model that the answer was worked out with."""
 
     meta_version: int
+    canary: bool
+    """Whether that version serves a share of the users only, this one among them"""
     fingerprint: str
     """Of the artifact"""
     items: int
@@ -70,6 +75,7 @@ class UserReport(NamedTuple):
     ledger: str | None
     """Hash chain over the applied events, in hex"""
     meta_version: int | None
+    """Of the shared parameters that this state is under"""
     guarded: int | None
     """Updates refused because they were not finite. It and the four above: None where no stored row says so"""
     expired: bool
@@ -94,8 +100,6 @@ class UserReport(NamedTuple):
     model: ModelReport | None
     stream_offset: int | None
     """How far the partition has come"""
-    moved: str = ""
-    """How the row came onto the version that answers, in words; empty where it stood there"""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready."""
@@ -152,7 +156,6 @@ def user_report(
     found: Found,
     at: Point,
     moment: Moment,
-    view: ModelView | None,
     *,
     expired: bool,
     explained: bool,
@@ -160,7 +163,7 @@ def user_report(
     best: tuple[Score, ...],
 ) -> UserReport:
     """What there is to say of a user at a moment; ``explained`` says what moved the user."""
-    part, row = moment.part, moment.row
+    part, row, view = moment.part, moment.row, found.view
     last = moment.events[-1] if moment.events else None
     exact_ms = last.latest_ms if last is not None and last.earliest_ms == last.latest_ms else None
     first_ms = moment.events[0].earliest_ms if moment.events and moment.events[0].number == 0 else None
@@ -169,7 +172,7 @@ def user_report(
         user_id=user_id,
         known=part.events > 0,
         partition=found.partition,
-        at=point_report(at, moment),
+        at=point_report(at, moment._replace(movement=None) if expired else moment),
         events=part.events,
         first_event_ms=first_ms if row is None else int(row["first_time_ms"]),
         last_event_ms=exact_ms if row is None else int(row["last_time_ms"]),
@@ -190,13 +193,12 @@ def user_report(
         top=best,
         model=None if view is None else _model_report(view),
         stream_offset=found.offset,
-        moved=found.moved,
     )
 
 
 def stranger_report(user_id: str, found: Found) -> UserReport:
     """A user of whom nothing is known, not even the start: there is no model."""
-    point = PointReport(NOW.asked, "no row, and no model that says where users start", True, "")
+    point = PointReport(NOW.asked, "no row, and no model that says where users start", True, "", None)
     return UserReport(
         user_id, False, None, point, 0, None, None, None, None, None, None, False, (), (), (), (), (), (), None, None,
         (), (), None, found.offset,
@@ -205,12 +207,12 @@ def stranger_report(user_id: str, found: Found) -> UserReport:
 
 def point_report(point: Point, moment: Moment) -> PointReport:
     """Which point it is, and how it is known."""
-    return PointReport(point.asked, moment.source, moment.exact, moment.note)
+    return PointReport(point.asked, moment.source, moment.exact, moment.note, moment.movement)
 
 
 def _model_report(view: ModelView) -> ModelReport:
     days = None if view.expiry is None else view.expiry.after_ms / DAY_MS
-    return ModelReport(view.meta_version, view.fingerprint, view.item_count, days)
+    return ModelReport(view.meta_version, view.is_canary, view.fingerprint, view.item_count, days)
 
 
 def parameter_change(layout: RowLayout, one: AdaptivePart, other: AdaptivePart) -> Parameters:

@@ -6,6 +6,9 @@ many events the user had at the point, n; where it does not follow, nothing is g
 row with that count; or it is learned again from an earlier known state, and counts only if learning on leads to a
 later row to the bit.
 
+Where the run had several versions of the shared parameters, all of it is under the one that serves the user now: rows
+are moved onto it (``moving``) before anything is learned again.
+
 A user who expired or was erased and came back has several *lives*, each with its own first event; a snapshot may hold
 an earlier one. Times of a user's events are taken to rise.
 """
@@ -22,6 +25,7 @@ from learner.user_state import RowLayout
 from state.exceptions import QueryError
 from state.reading.history import Base, PastEvent, between, past_events, replay
 from state.reading.model_view import ModelView
+from state.reading.moving import Movement, replayed
 from state.reading.point import Point, time_text
 
 START = "the start"
@@ -37,6 +41,8 @@ class Stored(NamedTuple):
     """None: it has no row of the user"""
     offset: int
     """How far the store had come; −1: nowhere"""
+    movement: Movement | None = None
+    """How the row came onto the version that answers; None: it stands there"""
 
 
 class Moment(NamedTuple):
@@ -56,6 +62,8 @@ class Moment(NamedTuple):
     """Known states at or before it"""
     first_time_ms: int | None
     """Of the user's first event, which tells one life from another; None before it"""
+    movement: Movement | None = None
+    """How it came onto the version that answers; None: it was known to stand there"""
 
 
 class _Bounds(NamedTuple):
@@ -99,6 +107,12 @@ class Timeline:
         """The state at a point. Raises QueryError, which says what could be asked, where it cannot be told."""
         if point.kind == "now":
             return self.now()
+        moment = self._then(point)
+        if moment.row is None and self._view is not None:
+            return moment._replace(movement=replayed(self._view))
+        return moment
+
+    def _then(self, point: Point) -> Moment:
         for number, life in enumerate(self._lives, 1):
             least, most = life.count_at(point)
             if most == 0 and number < len(self._lives):
@@ -195,7 +209,8 @@ class _Life:
     def stored(self, store: Stored, start: Base | None) -> Moment:
         """The state that a store holds."""
         assert store.row is not None
-        return self._moment(AdaptivePart.of(store.row), store.row, store.name, start)
+        moment = self._moment(AdaptivePart.of(store.row), store.row, store.name, start)
+        return moment._replace(movement=store.movement)
 
     def after(self, count: int, view: ModelView | None, start: Base | None) -> Moment | None:
         """The state after ``count`` ≥ 1 events; None where it is not known."""

@@ -34,7 +34,9 @@ def diff_text(report: DiffReport) -> str:
     lines = [
         f"user {shown(report.user_id)} from {report.before.asked} to {report.after.asked}",
         f"before        {report.events_before:,} events, {_source(report.before)}",
+        *_moved("before        ", report.before),
         f"after         {report.events_after:,} events, {_source(report.after)}",
+        *_moved("after         ", report.after),
         moved + ("; the user started anew in between" if report.anew else ""),
         _numbers("mean by      ", report.change.mean, "+.3f"),
         _numbers("variance by  ", report.change.variance, "+.4f"),
@@ -62,18 +64,20 @@ def _head(report: UserReport) -> list[str]:
     if not report.known:
         start = "no event was learned, a prediction starts from the shared initialization"
         lines = [f"unknown user {shown(report.user_id)!r}: {start}"]
-        return lines if report.at.asked == "now" else [*lines, f"at {report.at.asked}: {_source(report.at)}"]
+        if report.at.asked == "now":
+            return lines
+        return [*lines, f"at {report.at.asked}: {_source(report.at)}", *_moved("", report.at)]
     lines = [f"user {shown(report.user_id)}: {report.events:,} events{_span(report)}"]
     facts = [
         f"last offset {report.last_offset}" if report.last_offset is not None else "",
         f"ledger {report.ledger}" if report.ledger is not None else "",
-        f"meta version {report.meta_version}" if report.meta_version is not None else "",
+        f"meta version {report.meta_version}{_canary(report)}" if report.meta_version is not None else "",
         f"{report.guarded:,} updates refused" if report.guarded else "",
     ]
     lines += [", ".join(fact for fact in facts if fact)] if any(facts) else []
-    lines += [report.moved] if report.moved else []
     if report.at.asked != "now":
         lines.append(f"at {report.at.asked}: {_source(report.at)}")
+    lines += _moved("", report.at)
     if report.expired:
         days = "" if report.model is None else f" for {report.model.expire_after_days:g} days or more"
         lines.append(f"expired: away{days}, the next event and a prediction now start anew")
@@ -148,6 +152,14 @@ def _changes(title: str, changes: Iterable[Change]) -> list[str]:
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _moved(title: str, point: PointReport) -> list[str]:
+    return [] if point.moved is None else [f"{title}{point.moved.text}"]
+
+
+def _canary(report: UserReport) -> str:
+    return ", a canary" if report.model is not None and report.model.canary else ""
 
 
 def _source(point: PointReport) -> str:

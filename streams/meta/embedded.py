@@ -30,7 +30,7 @@ from streams.meta.contributor import Contributor
 from streams.meta.line import MetaLine
 from streams.meta.result import MetaResult
 from streams.processor import Predictions, Processor
-from streams.versions import share_items
+from streams.versions import Serving, share_items
 
 OFFLINE_SLICE = 0
 NO_ANCHORS = (
@@ -110,6 +110,16 @@ class EmbeddedMeta:
     def current(self) -> ServingModel:
         """The version that serves."""
         return self._line.current
+
+    @property
+    def serving(self) -> Serving:
+        """Who serves now, a canary included."""
+        return self._line.serving
+
+    @property
+    def newest(self) -> int:
+        """The highest version number given so far."""
+        return self._chronicle.next_version - 1
 
     def __enter__(self) -> Self:
         return self

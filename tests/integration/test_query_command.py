@@ -116,7 +116,7 @@ def test_json_is_complete(query, heavy, users):
         "recent_labels", "distance", "explanation", "scores", "top", "model", "stream_offset",
     ]  # fmt: skip
     assert (shown["user_id"], shown["known"], shown["partition"], shown["events"]) == (heavy, True, 0, users[heavy])
-    assert shown["at"] == {"asked": "now", "source": "the live row", "exact": True, "note": ""}
+    assert shown["at"] == {"asked": "now", "source": "the live row", "exact": True, "note": "", "moved": None}
     assert (len(shown["mean"]), len(shown["covariance"]), len(shown["variance"])) == (4, 10, 4)
     assert shown["explanation"]["replayed_from"] is None
     events = shown["explanation"]["events"]

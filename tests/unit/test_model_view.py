@@ -11,10 +11,12 @@ import pytest
 
 from learner.features import Catalogue, FeatureEncoder, FeatureField, SparseRows
 from learner.serving import ServingModel
+from learner.user_hash import CANARY, drawn, user_crcs
 from learner.user_state import RowLayout, item_hash, ring_item
 from state.exceptions import StoreDamaged
 from state.expiry import Expiry
-from state.reading.model_view import CHUNK, FILE, ModelView, write_model_view
+from state.reading.model_view import CHUNK, FILE, Features, ModelView, Versions, write_model_view
+from state.reading.sealed_tensors import SealedTensors, write_sealed
 from tests.models import GRADES, HEADS, small_model
 
 USERS = Catalogue(
@@ -123,9 +125,79 @@ def test_look_ups_agree_with_a_dictionary_in_a_catalogue_of_many(tmp_path):
     assert [start for start, _ in view.chunks()] == [0, CHUNK, 2 * CHUNK]
 
 
-def test_a_file_of_another_kind_or_version_is_refused(tmp_path):
-    from state.reading.sealed_tensors import write_sealed
+def moved_on(model, number):
+    """The same model as another version, all of whose starts differ."""
+    initialization = model.first.initialization + np.float32(number)
+    weights = model.fixed.user_feature_weights * np.float32(number)
+    return model.successor(
+        dataclasses.replace(model.fixed, user_feature_weights=weights, item_bias=model.fixed.item_bias + number),
+        dataclasses.replace(model.first, initialization=initialization),
+        dataclasses.replace(model.second, covariance=model.second.covariance * np.float32(number)), number,
+    )  # fmt: skip
 
+
+@pytest.mark.parametrize("user", ["free", "free2", "paid", "none", "stranger"])
+def test_priors_are_those_of_each_version_at_hand(tmp_path, user):
+    model = featured_model()
+    versions = {number: moved_on(model, number) for number in (1, 2, 3)}
+    layout = RowLayout.of(model.first, model.second, 4)
+    write_model_view(tmp_path, versions[3], layout, None, Versions("closed", earlier=(versions[1], versions[2])))
+    view = ModelView(tmp_path)
+    assert view.priors(0, user) is None
+    for number, version in versions.items():
+        first, second = view.priors(number, user)
+        np.testing.assert_array_equal(first.mean, version.initial_means([user], {}))
+        np.testing.assert_array_equal(first.covariance, version.first.covariance)
+        np.testing.assert_array_equal(second.mean[0], version.second.initialization)
+        np.testing.assert_array_equal(second.covariance, version.second.covariance)
+    given = SparseRows(np.array([0, 1]), np.array([0]), np.array([2], np.float32))
+    started = view.priors(2, "stranger", Features(given.columns, given.weights))[0].mean
+    np.testing.assert_array_equal(started, versions[2].means_of(given))
+
+
+def test_priors_are_kept_where_the_stream_exchanges_them_only(tmp_path):
+    model = featured_model()
+    write_model_view(
+        tmp_path, moved_on(model, 2), RowLayout.of(model.first, model.second, 4), None,
+        Versions("ring", earlier=(moved_on(model, 1),)),
+    )  # fmt: skip
+    view = ModelView(tmp_path)
+    assert (view.rebase, view.priors(1, "free")) == ("ring", None)
+
+
+def test_the_canary_has_its_own_items_and_starts_and_its_share_of_the_users(tmp_path):
+    model = featured_model()
+    one, two = moved_on(model, 1), moved_on(model, 2)
+    two.item_rows(["met"], {"kind": ("a",)})
+    layout = RowLayout.of(model.first, model.second, 4)
+    write_model_view(tmp_path, one, layout, None, Versions(canary=two, canary_share=0.3))
+    view = ModelView(tmp_path)
+    users = [f"u{k}" for k in range(1000)]
+    canary = [view.serving(user).is_canary for user in users]
+    assert 250 < sum(canary) < 350
+    assert canary == drawn(user_crcs([user.encode() for user in users]), CANARY, 0.3).tolist()
+    other = view.serving(users[canary.index(True)])
+    assert (view.meta_version, other.meta_version, view.newest_version, other.newest_version) == (1, 2, 2, 2)
+    assert (view.item_count, other.item_count) == (12, 13)
+    for seen, made in ((view, one), (other, two)):
+        places = seen.places(["i7"])
+        np.testing.assert_array_equal(seen.items(places).base[0], made.items.base[7])
+        np.testing.assert_array_equal(seen.start("paid").mean, made.initial_means(["paid"], {})[0])
+        assert seen.item_id(int(places[0])) == "i7"
+
+
+def test_a_way_onto_a_version_that_nobody_knows_is_refused(tmp_path):
+    viewed(tmp_path, small_model())
+    tensors = SealedTensors(tmp_path / FILE)
+    names = [name for name in tensors._places if name not in ("checks", "padding")]
+    copied = {name: tensors.whole(name).copy() for name in names}
+    metadata = {name: text for name, text in tensors.metadata.items() if name != "seal"}
+    write_sealed(tmp_path / FILE, copied, {**metadata, "rebase": "teleport"})
+    with pytest.raises(StoreDamaged, match="brings rows onto a version by 'teleport': use the version of coldstream"):
+        ModelView(tmp_path)
+
+
+def test_a_file_of_another_kind_or_version_is_refused(tmp_path):
     for metadata, message in (
         ({"format": "another"}, "is another of version unknown"),
         ({"format": "coldstream model view", "format_version": "9"}, "of version 9, this program reads .* version 1"),
@@ -158,7 +230,7 @@ def test_todays_file_is_the_golden_one_and_the_golden_one_is_read(tmp_path, pyte
     view = ModelView(tmp_path / "old")
     assert (view.item_count, view.meta_version) == (12, 3)
     np.testing.assert_array_equal(view.items(view.places(["i7"])).psi[0], model.items.psi[7])
-    started = view.start_of("u1", np.array([1]), np.array([2], np.float32))
+    started = view.start_of("u1", Features(np.array([1]), np.array([2], np.float32)))
     expected = model.means_of(SparseRows(np.array([0, 1]), np.array([1]), np.array([2], np.float32)))
     assert started.mean.tobytes() == expected[0].tobytes()
 
@@ -168,4 +240,8 @@ def test_a_view_without_user_weights_is_read_and_knows_the_starts_of_the_catalog
     shutil.copyfile(golden, tmp_path / FILE)
     view = ModelView(tmp_path)
     assert (view.item_count, view.meta_version) == (12, 3)
-    assert view.start_of("u1", np.array([1]), np.array([2], np.float32)).same_bits(view.start("u1"))
+    features = Features(np.array([1]), np.array([2], np.float32))
+    assert view.start_of("u1", features).same_bits(view.start("u1"))
+    assert view.start("u1", features).same_bits(view.start("u1"))
+    assert (view.rebase, view.newest_version, view.serving("u1")) == ("history", 3, view)
+    assert view.priors(2, "u1") is None

@@ -15,9 +15,14 @@ from tests.kafka_broker import kafka_bootstrap
 
 __all__ = ["kafka_bootstrap"]
 
-# Tests are repeatable: the same examples in every run, and no deadline that a busy machine could miss.
-hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None, print_blob=True)
-hypothesis.settings.register_profile("soak", max_examples=5_000, deadline=None, print_blob=True)
+# Tests are repeatable: the same examples in every run, and no time to make or try one that a busy machine could miss.
+_BUSY = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, database=None, deadline=None, suppress_health_check=_BUSY, print_blob=True
+)
+hypothesis.settings.register_profile(
+    "soak", max_examples=5_000, deadline=None, suppress_health_check=_BUSY, print_blob=True
+)
 hypothesis.settings.load_profile("repeatable")
 
 CAMPAIGN = pytest.StashKey[list[str]]()

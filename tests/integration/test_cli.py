@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.artifact import MANIFEST, TENSORS, read_artifact
+from learner.artifact import HISTORIES, MANIFEST, TENSORS, read_artifact
 from streams.commands import train
 from streams.replay import RunProgress
 
@@ -300,7 +300,7 @@ def test_interrupted_training_resumes_to_the_same_model(coldstream, generated, s
     assert [path.name for path in (tmp_path / "twice").iterdir()] == ["checkpoints"]
 
     assert coldstream(f"{arguments} --out {tmp_path}/twice").code == 0
-    assert sorted(path.name for path in (tmp_path / "twice").iterdir()) == [MANIFEST, TENSORS]
+    assert sorted(path.name for path in (tmp_path / "twice").iterdir()) == [HISTORIES, MANIFEST, TENSORS]
     assert read_artifact(tmp_path / "twice").fingerprint == read_artifact(tmp_path / "once").fingerprint
 
 

@@ -17,8 +17,9 @@ from streams.rejects import Problem, Reason
 
 LAST_TIME_MS = 7_258_118_400_000
 """2200-01-01T00:00:00Z. A time at or after it is a mistake, mostly of the unit."""
-LARGEST_VALUE = 3.4028234663852886e38
-"""The largest 32-bit float; a graded value beyond it would become infinite."""
+LARGEST_VALUE = 3.4028235677973362e38
+"""The largest number that is rounded to a finite 32-bit float: 3.4028235e38, as the largest one is written, is below.
+A graded value beyond it would become infinite."""
 UNITS_PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 PLAUSIBLE_FROM_MS, PLAUSIBLE_TO_MS = 631_152_000_000, 2_208_988_800_000
 """1990 and 2040: where a time falls that was read in the right unit."""

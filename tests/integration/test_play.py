@@ -79,6 +79,17 @@ def test_what_is_written_is_read_as_the_same_event(schema: EventSchema, rows: li
         assert list(map(str, got)) == list(map(str, expected))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_value_is_written_and_read(sign: int) -> None:
+    mapped = schema(label={"field": "action", "equals": "buy"}, value={"field": "price"})
+    largest = sign * np.finfo(np.float32).max
+    events = Interactions.from_columns(["ann"], ["i1"], [1], [0], values=np.array([largest], np.float32))
+    ((_, line),) = EventWriter(mapped).records(events)
+    event = decode_record(json.loads(line), mapped)
+    assert isinstance(event, Event)
+    assert np.float32(event.value) == largest
+
+
 def test_features_and_event_ids_are_written_in_their_own_fields() -> None:
     mapped = schema(
         event_id={"field": "id"},

@@ -9,11 +9,9 @@ a sixteenth of the events, as of a stream that has run for long: most users' his
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Iterator, Mapping
 
+from benchmarks.clock import clocked
 from benchmarks.command import Options
 from benchmarks.online_events import batches_of, catalogues, events_of, of_new_users
 from benchmarks.online_run import Goal, Measured, Run, Trained, World, figures, frozen, stream, train, varied
@@ -71,7 +69,7 @@ def measured(trained: Trained, settings: Settings, full: Settings) -> Measured:
     turns: list[tuple[Run, Run]] = [(frozen(trained, settings), stream(trained, settings)) for _ in range(TURNS)]
     off, on = (min((turn[k] for turn in turns), key=lambda each: each.seconds) for k in (0, 1))
     seconds = dict.fromkeys(STAGES.values(), 0.0)
-    with clocked(seconds):
+    with clocked(STAGES, seconds):
         stream(trained, settings)
     events, sampled = len(on.events), stream(trained, full)
     found: Measured = {
@@ -89,25 +87,3 @@ def measured(trained: Trained, settings: Settings, full: Settings) -> Measured:
             ("ratio without the rounds themselves", ""): off.seconds / (on.seconds - on.meta.seconds),
         }
     return found | {(f"  {stage}", "µs/event"): 1e6 * spent / events for stage, spent in seconds.items()}
-
-
-@contextmanager
-def clocked(seconds: dict[str, float]) -> Iterator[None]:
-    """Adds up the time of the calls of ``STAGES`` while it lasts."""
-    with ExitStack() as stack:
-        for (owner, name), stage in STAGES.items():
-            original = getattr(owner, name)
-            stack.callback(setattr, owner, name, original)
-            setattr(owner, name, _timed(original, stage, seconds))
-        yield
-
-
-def _timed(call: Callable[..., Any], stage: str, seconds: dict[str, float]) -> Callable[..., Any]:
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return call(*args, **kwargs)
-        finally:
-            seconds[stage] += time.perf_counter() - start
-
-    return timed

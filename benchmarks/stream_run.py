@@ -12,7 +12,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.child import in_child
+from benchmarks.clock import clocked
 from benchmarks.command import Options, Skipped, standalone
 from benchmarks.report import Figure
 from benchmarks.synthetic import uniform_users, write_csv, zipf_users
@@ -142,7 +142,7 @@ def stream(settings: Settings, model: Path, state: Path) -> Run:
     processor = Processor(serving, rocks_stores(state, settings.state), settings.state)
     stages = dict.fromkeys(("wait for decoding", *STAGES.values()), 0.0)
     events = 0
-    with clocked(stages):
+    with clocked(STAGES, stages):
         cpu, main_cpu, start = time.process_time(), time.thread_time(), time.perf_counter()
         batches = open_source(settings.data).batches()
         while (batch := _next(batches, stages)) is not None:
@@ -167,28 +167,6 @@ def figures(case: str, result: Run, peak: int, target: float | None = None) -> I
     yield Figure(case, "users", (result.users,))
     yield Figure(case, "disk", (result.disk_bytes / result.users,), "bytes/user")
     yield Figure(case, "peak memory", (peak / 1e6,), "MB")
-
-
-@contextmanager
-def clocked(seconds: dict[str, float]) -> Iterator[None]:
-    """Adds up the time of the calls of ``STAGES`` while it lasts."""
-    with ExitStack() as stack:
-        for (owner, name), stage in STAGES.items():
-            original = getattr(owner, name)
-            stack.callback(setattr, owner, name, original)
-            setattr(owner, name, _clocked(original, stage, seconds))
-        yield
-
-
-def _clocked(call: Callable[..., Any], stage: str, seconds: dict[str, float]) -> Callable[..., Any]:
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        try:
-            return call(*args, **kwargs)
-        finally:
-            seconds[stage] += time.perf_counter() - start
-
-    return timed
 
 
 def _next(batches: Iterator[Interactions], seconds: dict[str, float]) -> Interactions | None:

@@ -39,9 +39,10 @@ from learner.forgetting import (
 )
 from learner.histories import Histories
 from learner.metrics import auc, event_log_loss
+from learner.rebasing import event_columns
 from learner.serving import FirstFilter, SecondFilter, ServingModel
 from learner.user_hash import HELD_OUT, drawn, mixed
-from learner.user_state import NO_GRADE, RowLayout, Slab, new_rows
+from learner.user_state import RowLayout, Slab, new_rows
 
 NEW_SUPPORT = 4
 """Most events that a user of ``new`` has seen: with the start alone, AUC is lowest over the first five"""
@@ -218,7 +219,7 @@ def score(anchors: AnchorSet, model: ServingModel, layout: RowLayout) -> Scores:
         return asked.scores(anchors, model.meta_version, states, np.bincount(cohort_of[asked.user]))
     means = model.means_of(histories.features)
     slab = new_rows(layout, model.first, model.second, means, model.meta_version)
-    adaptation, columns = Adaptation(layout, model.first, model.second), _columns(histories, user, model)
+    adaptation, columns = Adaptation(layout, model.first, model.second), event_columns(model, histories)
     questions = _part(columns, query)
 
     def said() -> tuple[Adapted, NDArray[np.int64]]:
@@ -269,17 +270,6 @@ class _Query:
                              int(not_finite[k]))
             )  # fmt: skip
         return Scores(version, tuple(found))
-
-
-def _columns(histories: Histories, user: NDArray[np.int64], model: ServingModel) -> EventColumns:
-    """Events of user k in slot k. Times do not matter: rows are thrown away, and no prediction reads them."""
-    items, item = np.unique(histories.item, return_inverse=True)
-    grades = len(model.first.target) - 1
-    return EventColumns(
-        user.astype(np.int32), item.reshape(-1).astype(np.int32), histories.label,
-        np.where(histories.grade == NO_GRADE, grades, histories.grade).astype(np.int32),
-        np.zeros(len(user), np.int64), np.arange(len(user)), model.rows_of(items), items << np.uint64(24),
-    )  # fmt: skip
 
 
 def _part(columns: EventColumns, chosen: NDArray[np.bool_]) -> EventColumns:

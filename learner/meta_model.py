@@ -49,10 +49,11 @@ class Excerpt(NamedTuple):
     steps: int
 
 
-class Overwritten(NamedTuple):
-    """What ``MetaModel.put`` has overwritten; the fields of ``meta_update.Undo``."""
+class Undo(NamedTuple):
+    """What a step, or ``MetaModel.put``, has overwritten: ``meta_update.take_back`` undoes it."""
 
     tensors: dict[str, tuple[Tensor, Tensor, Tensor]]
+    """By parameter: value and moments before, of ``rows`` where it is an item table"""
     rows: NDArray[np.int64]
     item_events: NDArray[np.int64]
     item_steps: NDArray[np.int64]
@@ -191,7 +192,7 @@ class MetaModel:
                 found[name] = value, first_, second_
         return Excerpt(found, rows.copy(), self.item_events[rows], self.item_steps[rows], self.steps)
 
-    def put(self, part: Excerpt) -> Overwritten:
+    def put(self, part: Excerpt) -> Undo:
         """Writes an excerpt where it was taken; ``meta_update.take_back`` of what is returned undoes it.
 
         ValueError, and nothing is written, for a row or a shape that this model does not have.
@@ -215,7 +216,7 @@ class MetaModel:
                         target.copy_(new)
         self.item_events[part.rows], self.item_steps[part.rows] = part.item_events, part.item_steps
         self.steps = part.steps
-        return Overwritten(saved, rows, *before)
+        return Undo(saved, rows, *before)
 
     def _check(self, part: Excerpt) -> None:
         count = len(part.rows)
@@ -253,8 +254,8 @@ class MetaModel:
         found: dict[str, NDArray[np.generic]] = {}
         for name, parameter in self.parameters.items():
             found[PARAMETERS + name] = parameter.detach().numpy().copy()
-            for order, moment in zip(("first", "second"), self.moments[name], strict=True):
-                found[f"{MOMENTS}{order}.{name}"] = moment.numpy().copy()
+            for prefix, moment in zip((FIRST, SECOND), self.moments[name], strict=True):
+                found[prefix + name] = moment.numpy().copy()
         found[COUNTS + "item_events"] = self.item_events.copy()
         found[COUNTS + "item_steps"] = self.item_steps.copy()
         found[COUNTS + "steps"] = np.array([self.steps], np.int64)
@@ -279,8 +280,8 @@ class MetaModel:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 places = slice(0, held) if name in ITEM_TABLES else slice(None)
-                new = {PARAMETERS: parameter, f"{MOMENTS}first.": self.moments[name][0],
-                       f"{MOMENTS}second.": self.moments[name][1]}  # fmt: skip
+                new = {PARAMETERS: parameter, FIRST: self.moments[name][0],
+                       SECOND: self.moments[name][1]}  # fmt: skip
                 for prefix, target in new.items():
                     value = torch.from_numpy(np.array(tensors[prefix + name]))
                     if target.dim():

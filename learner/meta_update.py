@@ -13,9 +13,10 @@ After *Learning to Recommend via Meta Parameter Partition* (arXiv 1912.04108), t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from configs.exceptions import ColdstreamError
 from learner.filters import Float
 from learner.histories import Histories
-from learner.meta_model import MetaModel
+from learner.meta_model import MetaModel, Undo
 from learner.recommender import ITEM_TABLES, PackedSequences, Recommender, padded
 from learner.scan import scan_threads
 from learner.serving import RawFeatures
@@ -83,17 +84,6 @@ class GradientSum:
     """Events of the span itself by item: what is new since the last round"""
     new_items: Mapping[str, RawFeatures | None] = field(default_factory=dict)
     """Items outside the version's vocabulary, with their raw features"""
-
-
-class Undo(NamedTuple):
-    """What a step has overwritten."""
-
-    tensors: dict[str, tuple[Tensor, Tensor, Tensor]]
-    """By parameter: value and moments before, of ``rows`` where it is an item table"""
-    rows: NDArray[np.int64]
-    item_events: NDArray[np.int64]
-    item_steps: NDArray[np.int64]
-    steps: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +247,7 @@ def _stepped(model: MetaModel, gradient: GradientSum, moves: Moves, rate: float,
         share = gradient.item_events / np.maximum(model.item_events[rows], gradient.item_events)
         _add_prior(model, sums, torch.from_numpy(rows), torch.from_numpy((kl_weight * share).astype(np.float32)))
     scale = 1 / (gradient.users * LOSS_SCALE)
-    norm = scale * float(torch.sqrt(sum((g.double() ** 2).sum() for g in sums.values())))  # type: ignore[arg-type]
+    norm = scale * math.sqrt(sum(float((g.double() ** 2).sum()) for g in sums.values()))
     scale *= min(1.0, model.training.clip_norm / (norm + 1e-6))
     model.steps += 1
     model.item_steps[rows] += 1
@@ -295,14 +285,16 @@ def _new_share(model: MetaModel, gradient: GradientSum) -> float:
 def _with_unknown(recommender: Recommender, rows: Tensor) -> tuple[Recommender, dict[str, Tensor]]:
     """The model over these rows, and after them one of an unknown item, all zero; and the tables that it has."""
     part = recommender.restricted(torch.cat([rows, rows.new_zeros(1)]))
-    tables = {name: p for name, p in part._parameters.items() if name in ITEM_TABLES and p is not None}
+    tables: dict[str, Tensor] = {
+        name: p for name, p in part._parameters.items() if name in ITEM_TABLES and p is not None
+    }
     with torch.no_grad():
         for name, table in tables.items():
             table[-1] = -torch.inf if "log_sigma" in name else 0.0
         for name in ("item_features", "item_weights"):
             if (buffer := part._buffers.get(name)) is not None:
                 buffer[-1] = 0.0
-    return part, tables  # type: ignore[return-value]
+    return part, tables
 
 
 def _packed(histories: Histories, position: NDArray[np.int64], grades: int, graded: bool) -> PackedSequences:
@@ -343,12 +335,13 @@ def _named(parts: Iterable[Mapping[str, Float]]) -> dict[str, None]:
 
 def _before(model: MetaModel, moves: Moves, rows: NDArray[np.int64]) -> Undo:
     at = torch.from_numpy(rows)
-    saved = {}
+    saved: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for name, parameter in model.parameters.items():
         if moves_with(name, moves):
             held = (parameter.detach(), *model.moments[name])
-            saved[name] = tuple(t[at] if name in ITEM_TABLES else t.clone() for t in held)
-    return Undo(saved, rows, model.item_events.copy(), model.item_steps.copy(), model.steps)  # type: ignore[arg-type]
+            value, first, second = (t[at] if name in ITEM_TABLES else t.clone() for t in held)
+            saved[name] = value, first, second
+    return Undo(saved, rows, model.item_events.copy(), model.item_steps.copy(), model.steps)
 
 
 def _add_prior(model: MetaModel, sums: dict[str, Tensor], rows: Tensor, share: Tensor) -> None:

@@ -40,6 +40,7 @@ from operator import is_not
 import numpy as np
 from numpy.typing import NDArray
 
+from learner.user_hash import user_crcs
 from learner.user_state import LAYOUT_VERSION, RowLayout, Slab, age_code
 from state.exceptions import RowDamaged
 
@@ -61,7 +62,7 @@ def owner(user: bytes) -> int:
 
 def owners(users: Sequence[bytes]) -> NDArray[np.uint32]:
     """(n,) ``owner`` of each id."""
-    return np.fromiter(map(zlib.crc32, users), np.uint32, len(users))
+    return user_crcs(users)
 
 
 def encode(layout: RowLayout, users: Sequence[bytes], slab: Slab) -> list[bytes]:

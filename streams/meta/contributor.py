@@ -171,11 +171,8 @@ class Contributor:
         if teacher is not None and task.distillation > 0:
             served, adaptation = teacher
             logits = relearn(adaptation, served, histories, served.means_of(histories.features)).logit
-        moves = self._settings.moves
-        if moves == "off":
-            raise ValueError("meta.moves is off: nothing is to be learned")
         return gradient_sum(
-            model, task.version, histories, moves, seed=(self._seed, self.partition, task.number),
+            model, task.version, histories, moves_of(self._settings), seed=(self._seed, self.partition, task.number),
             ordinal=self._ordinal, teacher=logits, distillation=task.distillation, seen=self._seen.items,
             new_items=new_items, threads=self._threads,
         )  # fmt: skip

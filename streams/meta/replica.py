@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from learner.histories import take_rows
-from learner.meta_model import Excerpt, MetaModel, Parts
-from learner.meta_update import Undo, take_back
+from learner.meta_model import Excerpt, MetaModel, Parts, Undo
+from learner.meta_update import take_back
 from learner.serving import ServingModel
 from state.changelog import Record
 from state.lineage import serving_sha256
@@ -181,7 +181,7 @@ class Replica:
 
     def _write(self, excerpt: Excerpt) -> Undo:
         try:
-            return Undo(*self.model.put(excerpt))
+            return self.model.put(excerpt)
         except ValueError as error:
             raise MessageRefused("shape", f"parameters of meta-versions cannot be used: {error}") from None
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from learner.histories import Histories
-from learner.meta_model import MetaModel
-from learner.meta_update import GradientSum, Undo, add, check, gradient_sum, take_back, take_step
+from learner.meta_model import MetaModel, Undo
+from learner.meta_update import GradientSum, add, check, gradient_sum, take_back, take_step
 from tests.meta_models import VOCABULARY, assert_same_tensors, by_hand, histories, meta_model
 
 USERS = 7

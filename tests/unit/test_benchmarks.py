@@ -15,6 +15,7 @@ from rich.console import Console
 from benchmarks import kernel, quality, sources, stream_run, training
 from benchmarks.__main__ import run_all
 from benchmarks.child import in_child
+from benchmarks.clock import clocked
 from benchmarks.command import Options, Skipped, options_of, parser
 from benchmarks.report import Figure, table, write_json
 from benchmarks.synthetic import uniform_users, write_csv, write_jsonl, zipf_users
@@ -70,7 +71,7 @@ def test_a_stream_run_covers_every_event_and_user_and_its_stages_add_up(tmp_path
 
 def test_clocks_leave_the_measured_calls_as_they_were():
     before = [getattr(owner, name) for owner, name in stream_run.STAGES]
-    with stream_run.clocked(dict.fromkeys(stream_run.STAGES.values(), 0.0)):
+    with clocked(stream_run.STAGES, dict.fromkeys(stream_run.STAGES.values(), 0.0)):
         assert [getattr(owner, name) for owner, name in stream_run.STAGES] != before
     assert [getattr(owner, name) for owner, name in stream_run.STAGES] == before
 

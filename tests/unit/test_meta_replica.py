@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from learner.histories import take_rows
-from learner.meta_update import Undo, take_back
+from learner.meta_update import take_back
 from state.changelog import Record
 from streams.meta.messages import MessageRefused
 from streams.meta.published import ROW, Marker, RowForm, Shelf, moving, opened, piece_key, sealed
@@ -261,7 +261,7 @@ def test_an_excerpt_is_put_back_and_its_undo_restores_what_was_there():
     values = {n: (v + 1, m + 2, s + 3) for n, (v, m, s) in part.tensors.items()}
     changed = part._replace(tensors=values, item_events=part.item_events + 5, item_steps=part.item_steps + 1, steps=9)
     before = model.tensors()
-    undo = Undo(*model.put(changed))
+    undo = model.put(changed)
     found = model.excerpt(names, rows)
     for name in names:
         for one, two in zip(found.tensors[name], values[name], strict=True):

@@ -8,7 +8,8 @@ import pytest
 
 from configs.exceptions import InvalidSettings, UnknownProfile, UnreadableSettings
 from configs.loading import load_settings, profile_names, resolve_settings
-from configs.settings import Settings
+from configs.settings import HISTORY_CHUNK, Settings
+from state.history_codec import CHUNK_EVENTS
 
 
 def written(directory: Path, name: str, text: str) -> str:
@@ -260,3 +261,7 @@ def test_histories_need_a_ring_that_holds_a_chunk_of_them() -> None:
     assert load_settings(None, {"state.ring": "8"}, environ={}).state.ring == 8  # without the online stage it may
     with pytest.raises(InvalidSettings, match=r"set state\.ring \(now 8\) to at least 32"):
         load_settings(None, {"state.ring": "8", "meta.moves": "everything"}, environ={})
+
+
+def test_the_settings_chunk_is_the_codecs() -> None:
+    assert HISTORY_CHUNK == CHUNK_EVENTS
